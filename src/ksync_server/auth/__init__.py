@@ -1,0 +1,1 @@
+"""The door: who is it, and may they do that."""

@@ -1,0 +1,1 @@
+"""Calendars, tasks and contacts: the sync host."""

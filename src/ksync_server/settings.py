@@ -1,0 +1,224 @@
+"""Configuration files -> frozen values; every limit with its unit and its reason.
+
+A field's comment is its documentation's source: `config/ksync.toml` shows every key with its default,
+and a test compares both.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ksync_server.errors import ConfigError
+
+KIB = 1024
+MIB = 1024 * KIB
+GB = 10**9
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One table of the file; an unknown key is a mistake, never ignored."""
+
+
+class Server(Section, frozen=True):
+    """Sockets, processes and what one connection may do."""
+
+    listen: tuple[str, ...] = ("127.0.0.1:8080",)
+    admin_listen: str = "127.0.0.1:8081"  # /healthz, /readyz, /metrics; empty = none
+    workers: int = 2  # web processes; one per core is right
+    threads: int = 8  # pool threads per web process, and so PostgreSQL connections
+    header_bytes: int = 32 * KIB  # a request line and its headers; real clients stay under 8 KiB
+    header_timeout_s: float = 10.0  # from the first byte of a request to the end of its headers
+    idle_timeout_s: float = 75.0  # a kept-alive connection without a request
+    body_timeout_s: float = 60.0  # between two pieces of a request body, or of an answer being taken
+    drain_bytes: int = 64 * MIB  # of a refused upload still read, so that the client sees the status
+    drain_s: float = 3.0
+    shutdown_timeout_s: float = 30.0  # what a request may still take after the stop signal
+    trusted_proxies: tuple[str, ...] = ()  # addresses or networks whose X-Forwarded-* is believed
+    allow_plain_http: bool = False  # Basic over plain HTTP from elsewhere than loopback
+    connections: int = 2000  # open at once per web process; more wait in the backlog
+
+
+class Hosts(Section, frozen=True):
+    """Which Host header means which site (product.md HOST1, HOST2)."""
+
+    sync: tuple[str, ...] = ("sync.localhost",)
+    drive_suffix: str = "connect.localhost"  # <id>.<drive_suffix>
+    paths: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # / sync, /drives/<id>/ drive
+
+
+class Database(Section, frozen=True):
+    """Rows. `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/name`."""
+
+    url: str = "sqlite:///data/ksync.db"
+    durability: str = "full"  # SQLite: full (survives a power cut) or normal (survives kill -9)
+    group_writes: int = 64  # writes committed with one disk flush
+    busy_timeout_s: float = 10.0  # a queued write waits this long before 503
+
+
+class Blobs(Section, frozen=True):
+    """Bytes."""
+
+    path: Path = Path("data/blobs")
+    inline_bytes: int = 16 * KIB  # up to here content is a row: cheaper than a file and needs no own flush
+    extent_bytes: int = 64 * MIB  # larger content is cut into immutable files of this size
+    stage_lease_s: float = 600.0  # an unpublished upload without a heartbeat is reaped after this
+    reap_after_s: float = 86400.0  # unreferenced extents stay this long: the longest download
+
+
+class Auth(Section, frozen=True):
+    """The door."""
+
+    key_file: Path = Path("data/keys.toml")  # pepper and encryption keys, 0600, made on first start
+    realm: str = "ksync"
+    password_bytes: int = 1024  # longest secret looked at; argon2 of more is a denial of service
+    argon2_memory_kib: int = 19456  # OWASP: 19 MiB, t=2, p=1
+    argon2_time: int = 2
+    argon2_parallel: int = 2  # verifications at once per process; each holds 19 MiB
+    argon2_queue: int = 64  # waiting verifications before 503
+    cache_entries: int = 10_000  # positive account-password results per process
+    cache_s: float = 86400.0  # sliding; a changed auth_epoch ends an entry at once
+    totp_window_steps: int = 1  # accepted clock error in 30 s steps, either side
+    last_used_s: float = 60.0  # "last used" of a secret is written at most this often
+
+
+class Xml(Section, frozen=True):
+    """Request bodies in XML."""
+
+    max_bytes: int = MIB  # the largest real one is a multiget of some 1,000 hrefs, 150 kB
+    max_depth: int = 64
+    max_elements: int = 50_000
+    max_hrefs: int = 10_000  # of one multiget
+
+
+class Dav(Section, frozen=True):
+    """Calendars and contacts."""
+
+    max_object_bytes: int = 10 * MIB  # one .ics or .vcf, photo included
+    max_properties: int = 20_000  # content lines of one object
+    max_attendees: int = 1_000
+    max_timezones: int = 32  # VTIMEZONE components of one object
+    max_dates: int = 2_000  # RDATE and EXDATE values of one object
+    max_collections: int = 1_000  # per account and kind
+    max_objects: int = 100_000  # per collection
+    max_property_bytes: int = 64 * KIB  # one dead property's XML
+    recurrence_steps: int = 200_000  # loop steps one request may spend on one object
+    max_instances: int = 20_000  # instances of one expand or free-busy answer
+    max_answer_bytes: int = 64 * MIB  # of one expanded answer
+    sync_page_rows: int = 200  # rows read between two sends of a streamed answer
+    max_sync_rows: int = 50_000  # members in one sync answer before 507 and a resuming token
+    body_cache_bytes: int = 16 * MIB  # rendered answers kept per web process
+    tombstone_days: int = 180  # deleted names stay in the change log this long; older tokens start anew
+
+
+class Drive(Section, frozen=True):
+    """Files."""
+
+    max_file_bytes: int = 50 * GB  # with a declared length (product.md DRV3)
+    max_chunked_bytes: int = 50 * GB  # without one; a drive may be given up to 100 GB
+    chunked_ceiling_bytes: int = 100 * GB
+    max_files: int = 300_000  # per drive
+    max_folder_entries: int = 50_000
+    max_name_bytes: int = 255  # what every client's file system takes
+    max_path_depth: int = 100  # folders above a file
+    max_property_bytes: int = 64 * KIB
+    max_properties: int = 200  # dead properties of one resource
+    lock_seconds: int = 3600  # longest lock granted; clients refresh
+    max_locks: int = 1_000  # per account
+    transfers: int = 40  # concurrent uploads and downloads per account and web process
+    root_view: str = "auto"  # auto, folders or drive (product.md DRV2)
+    trash_name: str = "Deleted items"
+    common_name: str = "Common documents"
+    trash_days: int = 30
+    purge_over_webdav: bool = False
+    finite_depth: bool = False  # refuse Depth: infinity PROPFIND with propfind-finite-depth
+    chunk_bytes: int = 256 * KIB  # read and written at once
+
+
+class Log(Section, frozen=True):
+    """What is written to standard error."""
+
+    level: str = "info"
+    format: str = "json"  # json or text
+
+
+class Settings(Section, frozen=True):
+    """The whole configuration."""
+
+    server: Server = Server()
+    hosts: Hosts = Hosts()
+    database: Database = Database()
+    blobs: Blobs = Blobs()
+    auth: Auth = Auth()
+    xml: Xml = Xml()
+    dav: Dav = Dav()
+    drive: Drive = Drive()
+    log: Log = Log()
+    offers_file: Path | None = None  # offers.toml; none = the shipped table
+
+
+def _decode_hook(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(kind)
+
+
+def _typed(value: str) -> Any:
+    """A `--set` value as TOML would read it; a bare word is text."""
+    try:
+        return tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def build(tables: dict[str, Any], overrides: tuple[str, ...] = ()) -> Settings:
+    """Settings from parsed TOML and `section.key=value` overrides.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or an override without `=`.
+    """
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE")
+        table = tables
+        *path, last = key.strip().split(".")
+        for part in path:
+            table = table.setdefault(part, {})
+        table[last] = _typed(value.strip())
+    try:
+        return msgspec.convert(tables, Settings, strict=True, dec_hook=_decode_hook)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
+    """Read one TOML file; relative paths in it count from its folder.
+
+    Raises:
+        ConfigError: unreadable, not TOML, or not a configuration; names the file.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+        return anchored(build(tables, overrides), path.parent)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def anchored(settings: Settings, folder: Path) -> Settings:
+    """The same settings with every relative path made absolute under `folder`."""
+    replace = msgspec.structs.replace
+    base = folder.resolve()
+    url = settings.database.url
+    if url.startswith("sqlite:///") and not url.startswith("sqlite:////"):
+        url = f"sqlite:///{base / url.removeprefix('sqlite:///')}"
+    return replace(
+        settings,
+        database=replace(settings.database, url=url),
+        blobs=replace(settings.blobs, path=base / settings.blobs.path),
+        auth=replace(settings.auth, key_file=base / settings.auth.key_file),
+        offers_file=base / settings.offers_file if settings.offers_file else None,
+    )

@@ -1,0 +1,1 @@
+"""Rows and bytes: the only state the processes share."""

@@ -1,0 +1,343 @@
+"""Every table, once: the Core definitions that statements and migrations share.
+
+Times are integer Unix seconds (UTC) unless the name says `_ms`. Ids of collections and nodes are never
+used again (AUTOINCREMENT, IDENTITY): ETags, sync tokens and locks carry them.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite only never reuses ids of INTEGER PRIMARY KEY AUTOINCREMENT.
+Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+Time = sa.BigInteger()
+
+
+def _table(name: str, *columns: sa.schema.SchemaItem) -> sa.Table:
+    return sa.Table(name, metadata, *columns, sqlite_autoincrement=True)
+
+
+def _ref(name: str, target: str, *, nullable: bool = False, cascade: bool = True) -> sa.Column[int]:
+    return sa.Column(
+        name, Id, sa.ForeignKey(target, ondelete="CASCADE" if cascade else None), nullable=nullable
+    )
+
+
+# One row. `generation` changes when a backup is restored, so that no client keeps a stale state.
+store = _table(
+    "store",
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("generation", sa.Text, nullable=False),
+    sa.Column("oldest_schema", sa.Integer, nullable=False),  # oldest code schema that may use these tables
+)
+
+# --- accounts -----------------------------------------------------------------------------------
+
+organization = _table(
+    "organization",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("requires_second_factor", sa.Boolean, nullable=False, default=False),
+    sa.Column("created_at", Time, nullable=False),
+)
+
+account = _table(
+    "account",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("sync_id", sa.Text, nullable=False, unique=True),  # AB12345, upper case, never changes
+    sa.Column("login_email", sa.Text, nullable=False),
+    sa.Column("login_key", sa.Text, nullable=False, unique=True),  # the same, folded for comparison
+    sa.Column("display_name", sa.Text, nullable=False),
+    sa.Column("password_hash", sa.Text),  # argon2id; NULL = no password log-in
+    sa.Column("auth_epoch", sa.BigInteger, nullable=False, default=1),  # raised by every change below it
+    sa.Column("state", sa.Text, nullable=False, default="active"),  # active, suspended, deleted
+    sa.Column("second_factor", sa.Boolean, nullable=False, default=False),  # one is active: 2FA is on
+    sa.Column("recovery_email", sa.Text),
+    sa.Column("recovery_mobile", sa.Text),
+    sa.Column("created_at", Time, nullable=False),
+)
+
+member = _table(
+    "member",
+    _ref("organization_id", "organization.id"),
+    _ref("account_id", "account.id"),
+    # legal_representative, administrator, collaborator, external
+    sa.Column("role", sa.Text, nullable=False),
+    sa.PrimaryKeyConstraint("organization_id", "account_id"),
+    sa.Index(None, "account_id"),
+)
+
+second_factor = _table(
+    "second_factor",
+    sa.Column("id", Id, primary_key=True),
+    _ref("account_id", "account.id"),
+    sa.Column("kind", sa.Text, nullable=False),  # totp
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("secret", sa.LargeBinary, nullable=False),  # encrypted with a key of the key file
+    sa.Column("last_step", sa.BigInteger, nullable=False, default=0),  # newest accepted TOTP time step
+    sa.Column("created_at", Time, nullable=False),
+    sa.Column("confirmed_at", Time),  # NULL until one valid code was given
+    sa.Index(None, "account_id"),
+)
+
+recovery_code = _table(
+    "recovery_code",
+    sa.Column("id", Id, primary_key=True),
+    _ref("account_id", "account.id"),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("used_at", Time),
+    sa.Index(None, "account_id"),
+)
+
+app_password = _table(
+    "app_password",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("lookup", sa.Text, nullable=False, unique=True),  # the public part inside the secret
+    _ref("account_id", "account.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("scopes", sa.Text, nullable=False),  # sorted, space separated: caldav carddav drive
+    sa.Column("digest", sa.LargeBinary, nullable=False),  # HMAC-SHA256 under the pepper `key_id`
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("created_at", Time, nullable=False),
+    sa.Column("revoked_at", Time),
+    sa.Column("last_used_at", Time),
+    sa.Column("last_service", sa.Text),
+    sa.Column("last_address", sa.Text),
+    sa.Column("last_client", sa.Text),
+    sa.Index(None, "account_id"),
+)
+
+product = _table(
+    "product",
+    sa.Column("id", Id, primary_key=True),
+    _ref("organization_id", "organization.id"),
+    sa.Column("offer", sa.Text, nullable=False),  # id or alias of config/offers.toml; unknown fails closed
+    sa.Column("created_at", Time, nullable=False),
+    sa.Index(None, "organization_id"),
+)
+
+audit = _table(
+    "audit",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("at", Time, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),  # sync id, or "operator"
+    sa.Column("address", sa.Text, nullable=False, default=""),
+    sa.Column("action", sa.Text, nullable=False),  # e.g. app-password.create
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("detail", sa.Text, nullable=False, default="{}"),  # JSON, never a secret
+)
+
+# --- collections and objects ---------------------------------------------------------------------
+
+collection = _table(
+    "collection",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),  # calendar, addressbook, drive
+    _ref("account_id", "account.id", nullable=True),  # NULL for a drive
+    sa.Column("name", sa.Text, nullable=False),  # last segment of its URL; a drive's id as text
+    sa.Column("seq", sa.BigInteger, nullable=False, default=0),  # number of the last change
+    sa.Column("pruned_seq", sa.BigInteger, nullable=False, default=0),  # older tokens start anew
+    sa.Column("components", sa.Text, nullable=False, default=""),  # calendar: space separated; "" = all
+    sa.Column("objects", sa.BigInteger, nullable=False, default=0),  # members, for the limit
+    sa.Column("created_at", Time, nullable=False),
+    sa.UniqueConstraint("account_id", "kind", "name"),
+)
+
+# Live properties that a client may set (displayname, colour, description ...) and dead ones alike.
+collection_property = _table(
+    "collection_property",
+    _ref("collection_id", "collection.id"),
+    sa.Column("name", sa.Text, nullable=False),  # Clark
+    sa.Column("xml", sa.Text, nullable=False),  # the whole element, self-contained
+    sa.PrimaryKeyConstraint("collection_id", "name"),
+)
+
+object_ = _table(
+    "object",
+    sa.Column("id", Id, primary_key=True),
+    _ref("collection_id", "collection.id"),
+    sa.Column("name", sa.Text, nullable=False),  # last segment of its URL
+    sa.Column("uid", sa.Text, nullable=False),
+    sa.Column("component", sa.Text, nullable=False),  # VEVENT, VTODO, VJOURNAL ..., VCARD
+    sa.Column("seq", sa.BigInteger, nullable=False),  # change number: ETag and sync position
+    sa.Column("modified_at", Time, nullable=False),
+    sa.Column("created_at", Time, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),  # bytes of the content
+    sa.Column("content_type", sa.Text, nullable=False),
+    _ref("blob_id", "blob.id", cascade=False),
+    # A superset of where it happens, in Unix seconds; NULL = unbounded. Recurring ones ask `occurrence`.
+    sa.Column("first_at", Time),
+    sa.Column("last_at", Time),
+    sa.Column("recurring", sa.Boolean, nullable=False, default=False),
+    sa.Column("floating", sa.Boolean, nullable=False, default=False),  # depends on the calendar's time zone
+    sa.Column("folded", sa.Text, nullable=False, default=""),  # contacts: FN, NICKNAME, EMAIL, TEL folded
+    sa.UniqueConstraint("collection_id", "name"),
+    sa.UniqueConstraint("collection_id", "uid"),
+    sa.Index(None, "collection_id", "seq"),
+    sa.Index(None, "collection_id", "first_at", "last_at"),
+    sa.Index(None, "blob_id"),
+)
+
+tombstone = _table(
+    "tombstone",
+    _ref("collection_id", "collection.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("at", Time, nullable=False),
+    sa.PrimaryKeyConstraint("collection_id", "name"),
+    sa.Index(None, "collection_id", "seq"),
+)
+
+# One packed array of occurrences per recurring object: pairs of signed 64-bit Unix seconds, sorted.
+occurrence = _table(
+    "occurrence",
+    sa.Column("object_id", Id, sa.ForeignKey("object.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),  # of the object it was computed from
+    sa.Column("from_at", Time, nullable=False),  # the horizon it is exact in
+    sa.Column("until_at", Time, nullable=False),
+    sa.Column("packed", sa.LargeBinary, nullable=False),
+    sa.Column("complete", sa.Boolean, nullable=False),  # False: the step budget ended first
+)
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+blob = _table(
+    "blob",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.LargeBinary, nullable=False),
+    sa.Column("sha1", sa.LargeBinary, nullable=False),
+    sa.Column("refs", sa.BigInteger, nullable=False),  # objects and nodes that hold it; 0 = deleted at once
+    sa.Column("content", sa.LargeBinary),  # small content; NULL = in extents
+)
+
+extent = _table(
+    "extent",
+    _ref("blob_id", "blob.id"),
+    sa.Column("position", sa.Integer, nullable=False),  # 0, 1, 2 ...
+    sa.Column("key", sa.Text, nullable=False, unique=True),  # random name of the file or S3 object
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.PrimaryKeyConstraint("blob_id", "position"),
+)
+
+# An upload that nobody sees yet. Publishing deletes the row in its transaction; without a row, no publish.
+stage = _table(
+    "stage",
+    sa.Column("id", sa.Text, primary_key=True),  # random; prefix of its extents' keys
+    sa.Column("lease_until", Time, nullable=False),
+    sa.Column("created_at", Time, nullable=False),
+)
+
+# Extents that lost their last reference: erased once nobody can still be reading them.
+garbage = _table(
+    "garbage",
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("since", Time, nullable=False),
+)
+
+# --- drive ---------------------------------------------------------------------------------------
+
+drive = _table(
+    "drive",
+    sa.Column("id", Id, primary_key=True),  # the number in its host name
+    _ref("product_id", "product.id"),
+    _ref("collection_id", "collection.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("common_id", Id, nullable=False),  # node: Common documents
+    sa.Column("max_file_bytes", sa.BigInteger),  # NULL = the setting
+    sa.Column("max_chunked_bytes", sa.BigInteger),
+    sa.Column("quota_bytes", sa.BigInteger),  # NULL = the offer's
+    sa.Column("used_bytes", sa.BigInteger, nullable=False, default=0),  # files, the trash included
+    sa.Column("files", sa.BigInteger, nullable=False, default=0),
+    sa.Column("created_at", Time, nullable=False),
+    sa.Index(None, "product_id"),
+)
+
+drive_member = _table(
+    "drive_member",
+    _ref("drive_id", "drive.id"),
+    _ref("account_id", "account.id"),
+    sa.Column("root_id", Id, nullable=False),  # node: the member's private root
+    sa.Column("trash_id", Id, nullable=False),  # node: the member's deleted items
+    sa.PrimaryKeyConstraint("drive_id", "account_id"),
+    sa.Index(None, "account_id"),
+)
+
+node = _table(
+    "node",
+    sa.Column("id", Id, primary_key=True),
+    _ref("drive_id", "drive.id"),
+    _ref("parent_id", "node.id", nullable=True),  # NULL: a root (private, common or trash)
+    sa.Column("name", sa.Text, nullable=False),  # NFC
+    sa.Column("folder", sa.Boolean, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),  # change number of the last content change: ETag
+    sa.Column("size", sa.BigInteger, nullable=False, default=0),
+    sa.Column("content_type", sa.Text),  # as given at PUT; NULL = guessed from the name
+    sa.Column("mtime_ms", sa.BigInteger, nullable=False),  # milliseconds: what clients set and compare
+    sa.Column("created_at", Time, nullable=False),
+    _ref("blob_id", "blob.id", nullable=True, cascade=False),
+    sa.Column("entries", sa.BigInteger, nullable=False, default=0),  # members of a folder, for the limit
+    # Where a deleted node came from; set on the top of what was deleted, in a member's trash.
+    sa.Column("deleted_at", Time),
+    sa.Column("deleted_from_id", Id),
+    sa.Column("deleted_name", sa.Text),
+    sa.UniqueConstraint("parent_id", "name"),
+    sa.Index(None, "drive_id", "seq"),
+    sa.Index(None, "blob_id"),
+    sa.Index(None, "deleted_at"),
+)
+
+node_property = _table(
+    "node_property",
+    _ref("node_id", "node.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("xml", sa.Text, nullable=False),
+    sa.PrimaryKeyConstraint("node_id", "name"),
+)
+
+# Locks belong to nodes, so that both URLs of a place share them (RFC 4918 §6).
+lock = _table(
+    "lock",
+    sa.Column("token", sa.Text, primary_key=True),
+    _ref("drive_id", "drive.id"),
+    _ref("node_id", "node.id"),
+    _ref("account_id", "account.id"),
+    sa.Column("exclusive", sa.Boolean, nullable=False),
+    sa.Column("infinite", sa.Boolean, nullable=False),  # Depth: infinity
+    sa.Column("owner_xml", sa.Text, nullable=False, default=""),
+    sa.Column("timeout_s", sa.Integer, nullable=False),
+    sa.Column("expires_at", Time, nullable=False),
+    sa.Column("root", sa.Text, nullable=False),  # decoded path that the client locked, for lockroot
+    sa.Index(None, "node_id"),
+    sa.Index(None, "drive_id"),
+)
+
+# --- background work -----------------------------------------------------------------------------
+
+job = _table(
+    "job",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, unique=True),  # idempotent enqueue; NULL = any number
+    sa.Column("arguments", sa.Text, nullable=False, default="{}"),
+    sa.Column("state", sa.Text, nullable=False, default="ready"),  # ready, running, done, failed
+    sa.Column("run_at", Time, nullable=False),
+    sa.Column("every_s", sa.Integer),  # NULL = once
+    sa.Column("lease_until", Time),
+    sa.Column("fence", sa.Text),  # random per claim: a stale worker's writes miss
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("checkpoint", sa.Text),
+    sa.Column("last_error", sa.Text),
+    sa.Index(None, "state", "run_at"),
+)

@@ -1,0 +1,1 @@
+"""Grammars without I/O: bytes to frozen values and back."""
