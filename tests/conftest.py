@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conformance.names import CONTROL_NAMES, NASTY_NAMES
 from conformance.servers import Demo, PostgreSQL, demo, postgresql
 
 
@@ -67,43 +68,10 @@ def module_database_url(request: pytest.FixtureRequest, new_database_url: Callab
     return new_database_url(request.param)
 
 
-NASTY_NAMES = (
-    "with space",
-    " leading and trailing ",
-    "question?mark",
-    "semi;colon",
-    "hash#sign",
-    "percent%sign",
-    "escaped%2Fslash",
-    "double%252Fescape",
-    "amper&sand",
-    "plus+sign",
-    "quote'\"s",
-    "<angle>",
-    "back\\slash",
-    "colon:name",
-    "star*pipe|",
-    "new\nline",
-    "tab\there",
-    "~tilde",
-    "@at",
-    "[bracket]",
-    ".hidden",
-    "...",
-    "caf\u00e9 composed",
-    "cafe\u0301 decomposed",
-    "\u65e5\u672c\u8a9e",
-    "\U0001f600 emoji",
-    "\u202eright to left",
-    "a" * 255,
-    "\u00e9" * 127 + "z",  # 255 bytes of UTF-8
-)
-
-
 @pytest.fixture
 def nasty_names() -> tuple[str, ...]:
     """Resource names, each legal, that break careless code: reserved, escaped, composed and long ones."""
-    return NASTY_NAMES
+    return NASTY_NAMES + CONTROL_NAMES
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Programs that other people wrote, run as their users run them."""
