@@ -1,13 +1,15 @@
 """Bytes: immutable content, staged where nobody sees it and published by one transaction.
 
-Small content is a row. Larger content is cut into extents with random names on an `ExtentStore`: written under
-a temporary name, flushed, renamed, the folder flushed; then one transaction makes it visible. COPY shares a
-blob by counting references. Whatever dies on the way leaves extents that no row names: the reaper's work.
+Small content is a row. Larger content is cut into extents with random names on an `ExtentStore`: written
+under a temporary name, flushed, renamed, the folder flushed; then one transaction makes it visible. COPY
+shares a blob by counting references. Whatever dies on the way leaves extents that no row names: the reaper
+erases them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -25,6 +27,7 @@ from ksync_server.errors import BodyTooLarge, InsufficientStorage, Unavailable
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Write
 
+_STAGE_ID = 16  # hex digits; the first part of every extent's key, so that the reaper can ask for it
 _PARALLEL_FLUSHES = 2  # extents of one upload being flushed while the next one is received
 
 
@@ -61,7 +64,7 @@ class ExtentStore(Protocol):
         """Delete an extent; nothing happens when it is not there."""
 
     def list_older(self, seconds: float) -> Iterable[str]:
-        """Keys written more than `seconds` ago; leftovers of interrupted writes are erased on the way."""
+        """Keys last written more than `seconds` ago, half-written extents included."""
 
 
 class LocalExtents:
@@ -90,20 +93,17 @@ class LocalExtents:
                 yield got
 
     def erase(self, key: str) -> None:
-        """Unlink the file."""
+        """Unlink the file, and what an interrupted write left."""
         self._path(key).unlink(missing_ok=True)
+        self._path(key).with_suffix(".part").unlink(missing_ok=True)
 
     def list_older(self, seconds: float) -> Iterable[str]:
         """Walk the tree."""
         limit = time.time() - seconds
         for path in self._root.glob("??/??/*"):
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime > limit:
-                    continue
-                if path.suffix == ".part":
-                    path.unlink()
-                else:
-                    yield path.name
+                if path.stat().st_mtime <= limit:
+                    yield path.stem
 
 
 class _LocalWriter:
@@ -147,8 +147,6 @@ class _LocalWriter:
 
 
 def _disk(error: OSError) -> Exception:
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InsufficientStorage("The server's disk is full.")
     return Unavailable("The server's disk does not answer.", headers=[(b"retry-after", b"10")])
@@ -227,7 +225,7 @@ class Stage:
 
     def _begin(self) -> None:
         """Leave memory: from here on a row with a lease protects the extents from the reaper."""
-        self._id = secrets.token_hex(8)
+        self._id = secrets.token_hex(_STAGE_ID // 2)
         self._blobs.open_stage(self._id)
         self._beat_at = time.monotonic()
         small, self._small = self._small or [], None
@@ -239,7 +237,7 @@ class Stage:
         extent_bytes = self._blobs.settings.extent_bytes
         while view:
             if self._writer is None:
-                key = f"{secrets.token_hex(16)}"
+                key = f"{self._id}{secrets.token_hex(8)}"
                 self._writer = self._blobs.extents.create(key)
                 self._extents.append((key, 0))
             part = view[: extent_bytes - self._in_extent]
@@ -363,7 +361,7 @@ _DROP_GARBAGE = sa.delete(t.garbage).where(t.garbage.c.key == sa.bindparam("key"
 _KNOWN_EXTENT = sa.select(t.extent.c.key).where(t.extent.c.key == sa.bindparam("key"))
 _KNOWN_GARBAGE = sa.select(t.garbage.c.key).where(t.garbage.c.key == sa.bindparam("key"))
 _DEAD_STAGES = sa.delete(t.stage).where(t.stage.c.lease_until < sa.bindparam("now"))
-_OLDEST_STAGE = sa.select(sa.func.min(t.stage.c.created_at))
+_KNOWN_STAGE = sa.select(t.stage.c.id).where(t.stage.c.id == sa.bindparam("id_"))
 
 
 def publish(tx: Write, staged: StagedBlob) -> int:
@@ -380,7 +378,13 @@ def publish(tx: Write, staged: StagedBlob) -> int:
             raise Unavailable("The upload took too long.", headers=[(b"retry-after", b"1")])
     row = tx.one(
         _NEW_BLOB,
-        {"size": staged.size, "sha256": staged.sha256, "sha1": staged.sha1, "content": staged.content, "refs": 1},
+        {
+            "size": staged.size,
+            "sha256": staged.sha256,
+            "sha1": staged.sha1,
+            "content": staged.content,
+            "refs": 1,
+        },
     )
     assert row is not None
     for position, (key, size) in enumerate(staged.extents):
@@ -409,7 +413,11 @@ def content(tx: Read, blob_id: int) -> Content:
     row = tx.one(_BLOB, {"id_": blob_id})
     assert row is not None, "a blob that rows reference exists"
     size, sha1, sha256, small = row
-    extents = () if small is not None else tuple((key, length) for key, length in tx.fast(_EXTENTS, {"id_": blob_id}))
+    extents = (
+        ()
+        if small is not None
+        else tuple((key, length) for key, length in tx.fast(_EXTENTS, {"id_": blob_id}))
+    )
     return Content(size, bytes(sha1), bytes(sha256), None if small is None else bytes(small), extents)
 
 
@@ -466,8 +474,8 @@ class Blobs:
     def reap(self, *, most: int = 1000) -> int:
         """Erase extents that no row names any more; returns how many.
 
-        An extent goes when it was released more than `reap_after_s` ago, or was written that long ago and is
-        named by no blob while no stage as old as it is alive. Safe at any time, in any number of processes.
+        An extent goes when it was released more than `reap_after_s` ago, or was written that long ago while
+        neither a blob nor a living stage names it. Safe at any time, in any number of processes.
         """
         now = int(time.time())
         self._database.write(lambda tx: tx.fast(_DEAD_STAGES, {"now": now}))
@@ -476,17 +484,19 @@ class Blobs:
         for key in keys:
             self.extents.erase(key)
             self._database.write(lambda tx, key=key: tx.fast(_DROP_GARBAGE, {"key": key}))  # type: ignore[misc]
-        return len(keys) + self._reap_orphans(before, most - len(keys))
+        return len(keys) + self._reap_orphans(most - len(keys))
 
-    def _reap_orphans(self, before: int, most: int) -> int:
-        oldest = self._database.fast(_OLDEST_STAGE)[0][0]
-        age = time.time() - min(before, (oldest or before) - 1)
+    def _reap_orphans(self, most: int) -> int:
         erased = 0
-        for key in self.extents.list_older(age):
+        for key in self.extents.list_older(self.settings.reap_after_s):
             if erased >= most:
                 break
-            if self._database.fast(_KNOWN_EXTENT, {"key": key}) or self._database.fast(_KNOWN_GARBAGE, {"key": key}):
-                continue
-            self.extents.erase(key)
-            erased += 1
+            # In this order: publishing takes the stage's row away and names the extent in one transaction.
+            named = any(
+                self._database.fast(statement, {"key": key, "id_": key[:_STAGE_ID]})
+                for statement in (_KNOWN_STAGE, _KNOWN_EXTENT, _KNOWN_GARBAGE)
+            )
+            if not named:
+                self.extents.erase(key)
+                erased += 1
         return erased

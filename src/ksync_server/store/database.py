@@ -138,6 +138,7 @@ class Database:
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
         self._local = threading.local()
+        self._all_held: list[Connection] = []
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -170,6 +171,8 @@ class Database:
         if self._writer:
             self._writer.close()
         self._pool.shutdown(wait=True)
+        while self._all_held:
+            self._all_held.pop().close()
         self._engine.dispose()
 
     def compiled(self, statement: sa.Executable) -> _Text:
@@ -225,6 +228,7 @@ class Database:
         if connection is None:
             connection = self._local.connection = self._autocommit.connect()
             connection.exec_driver_sql("PRAGMA query_only=ON")
+            self._all_held.append(connection)
         return connection
 
     async def hot(self, fn: Callable[[Read], T]) -> T:
@@ -325,7 +329,11 @@ def _sqlite_engine(path: str, settings: configuration.Database) -> Engine:
     engine = sa.create_engine(
         f"sqlite:///{path}",
         poolclass=sa.pool.NullPool,  # every thread holds its own connection
-        connect_args={"check_same_thread": False, "timeout": settings.busy_timeout_s, "cached_statements": 512},
+        connect_args={
+            "check_same_thread": False,
+            "timeout": settings.busy_timeout_s,
+            "cached_statements": 512,
+        },
     )
 
     @sa.event.listens_for(engine, "connect")
@@ -333,7 +341,7 @@ def _sqlite_engine(path: str, settings: configuration.Database) -> Engine:
         raw.isolation_level = None  # this module says BEGIN and COMMIT, nobody else
         # The first connection turns the file to WAL, which needs it alone: the lock keeps others away.
         if raw.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-            with _file_lock(path):
+            with file_lock(path):
                 raw.execute("PRAGMA journal_mode=WAL")
         raw.execute(f"PRAGMA synchronous={synchronous}")
         raw.execute("PRAGMA foreign_keys=ON")
@@ -343,7 +351,7 @@ def _sqlite_engine(path: str, settings: configuration.Database) -> Engine:
 
 
 @contextlib.contextmanager
-def _file_lock(path: str) -> Iterator[None]:
+def file_lock(path: str) -> Iterator[None]:
     """The lock that all writing processes share, opened anew: descriptors must not be inherited."""
     descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -362,7 +370,9 @@ class _SqliteWriter:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._queue: queue.SimpleQueue[tuple[Callable[[Write], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[Write], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -406,7 +416,7 @@ class _SqliteWriter:
         taken: list[Future[Any]] = []
         outcomes: list[tuple[Any, BaseException | None]] = []
         try:
-            with _file_lock(self._database.path):
+            with file_lock(self._database.path):
                 raw.execute("BEGIN IMMEDIATE")
                 tx = Write(self._database, connection)
                 for fn, future in self._members(first):
@@ -467,4 +477,3 @@ class _SqliteWriter:
             return None, error
         raw.execute("RELEASE one")
         return result, None
-

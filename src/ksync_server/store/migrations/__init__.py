@@ -1,0 +1,1 @@
+"""Alembic environment and revisions: forward only, on both databases."""

@@ -1,0 +1,213 @@
+"""Rows: durable group commit, isolation of failures, retries."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from ksync_server import settings
+from ksync_server.errors import InsufficientStorage, NotFound, Unavailable
+from ksync_server.store import changes, schema
+from ksync_server.store import tables as t
+from ksync_server.store.database import Database, Write
+
+_SEQ = sa.select(t.collection.c.seq).where(t.collection.c.id == sa.bindparam("id_"))
+_NEW = sa.insert(t.collection).returning(t.collection.c.id)
+
+
+def new_collection(database: Database, name: str = "a") -> int:
+    values = {"kind": "calendar", "name": name, "created_at": 0}
+    number: int = database.write(lambda tx: tx.execute(_NEW, values).scalar_one())
+    return number
+
+
+def seq(database: Database, collection: int) -> int:
+    return int(database.fast(_SEQ, {"id_": collection})[0][0])
+
+
+def test_concurrent_writers_lose_no_change_number(database: Database) -> None:
+    collection = new_collection(database)
+    numbers: list[int] = []
+
+    def work() -> None:
+        for _ in range(50):
+            numbers.append(database.write(lambda tx: changes.bump(tx, collection)))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 401))
+    assert seq(database, collection) == 400
+
+
+def test_a_failing_write_is_undone_and_harms_no_other_of_its_group(database: Database) -> None:
+    collection = new_collection(database)
+    gate = threading.Event()
+
+    def wait(tx: Write) -> None:
+        gate.wait(10)
+
+    def fail(tx: Write) -> None:
+        changes.bump(tx, collection, 100)
+        raise KeyError("mine")
+
+    first = database.submit(wait)
+    failing = [database.submit(fail) for _ in range(3)]
+    fine = [database.submit(lambda tx: changes.bump(tx, collection)) for _ in range(3)]
+    gate.set()
+    first.result(10)
+    for future in failing:
+        with pytest.raises(KeyError, match="mine"):
+            future.result(10)
+    assert sorted(future.result(10) for future in fine) == [1, 2, 3]
+    assert seq(database, collection) == 3
+
+
+def test_a_constraint_error_inside_a_group_rolls_back_only_its_own_write(database: Database) -> None:
+    values = {"id": 5, "generation": "x", "oldest_schema": 1}
+    insert = sa.insert(t.store)
+    futures = [database.submit(lambda tx: tx.execute(insert, values)) for _ in range(4)]
+    failures = [future.exception(10) for future in futures]
+    assert sum(failure is None for failure in failures) == 1
+    assert all(failure is None or isinstance(failure, sa.exc.IntegrityError) for failure in failures)
+
+
+def test_a_snapshot_does_not_see_what_is_committed_after_it_began(database: Database) -> None:
+    collection = new_collection(database)
+    with database.read() as tx:
+        before = tx.scalar(_SEQ, {"id_": collection})
+        database.write(lambda tx: changes.bump(tx, collection))
+        assert tx.scalar(_SEQ, {"id_": collection}) == before
+    assert seq(database, collection) == before + 1
+
+
+def test_a_read_cannot_write(database: Database) -> None:
+    collection = new_collection(database)
+    with pytest.raises((sa.exc.DBAPIError, sqlite3.Error, Unavailable)), database.read() as tx:
+        tx.execute(sa.update(t.collection).values(seq=9))
+    assert seq(database, collection) == 0
+
+
+def test_the_event_loop_reads_and_writes(database: Database) -> None:
+    collection = new_collection(database)
+
+    async def scenario() -> tuple[int, int]:
+        await asyncio.gather(*(database.writing(lambda tx: changes.bump(tx, collection)) for _ in range(20)))
+        hot = await database.hot(lambda tx: tx.scalar(_SEQ, {"id_": collection}))
+        pooled = await database.reading(lambda tx: tx.scalar(_SEQ, {"id_": collection}))
+        return hot, pooled
+
+    assert asyncio.run(scenario()) == (20, 20)
+
+
+def test_a_missing_collection_is_not_found(database: Database) -> None:
+    with pytest.raises(NotFound):
+        database.write(lambda tx: changes.bump(tx, 12345))
+
+
+def test_a_closed_database_refuses_writes(sqlite_url: str) -> None:
+    database = Database(settings.Database(url=sqlite_url))
+    schema.migrate(database)
+    collection = new_collection(database)
+    database.close()
+    with pytest.raises(Unavailable):
+        database.write(lambda tx: changes.bump(tx, collection))
+
+
+def test_a_full_disk_fails_the_whole_group_and_loses_nothing_older(sqlite_url: str) -> None:
+    database = Database(settings.Database(url=sqlite_url))
+    schema.migrate(database)
+    collection = new_collection(database)
+    pages = database.fast(sa.text("PRAGMA page_count"))[0][0]
+    insert = sa.insert(t.audit)
+    filler = {"at": 0, "actor": "a", "action": "b", "subject": "x" * 200_000}
+
+    def limit(tx: Write) -> None:
+        tx.execute(sa.text(f"PRAGMA max_page_count={pages + 8}"))
+
+    database.write(limit)
+    gate = threading.Event()
+    first = database.submit(lambda tx: gate.wait(10))
+    bumps = [database.submit(lambda tx: changes.bump(tx, collection)) for _ in range(2)]
+    large = database.submit(lambda tx: tx.execute(insert, filler))
+    gate.set()
+    for future in (first, *bumps, large):
+        with pytest.raises(InsufficientStorage):
+            future.result(10)
+    assert seq(database, collection) == 0
+    assert database.write(lambda tx: changes.bump(tx, collection)) == 1
+    database.close()
+
+
+_CRASH = """
+import sys, threading
+from ksync_server import settings
+from ksync_server.store import changes
+from ksync_server.store.database import Database
+database = Database(settings.Database(url=sys.argv[1]))
+collection = int(sys.argv[2])
+lock = threading.Lock()
+def work():
+    while True:
+        number = database.write(lambda tx: changes.bump(tx, collection))
+        with lock:
+            print(number, flush=True)
+for _ in range(8):
+    threading.Thread(target=work).start()
+"""
+
+
+def test_kill_9_loses_no_acknowledged_write(database: Database, tmp_path: Path) -> None:
+    collection = new_collection(database)
+    url = database.settings.url
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CRASH, url, str(collection)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert process.stdout
+        seen = [int(process.stdout.readline()) for _ in range(200)]
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().split(b"\n")
+        seen += [int(line) for line in rest[:-1] if line]
+        process.stdout.close()
+        process.wait(10)
+        assert seq(database, collection) >= max(seen)
+        assert len(set(seen)) == len(seen)
+
+
+def test_two_processes_share_the_sqlite_file_fairly(sqlite_url: str) -> None:
+    database = Database(settings.Database(url=sqlite_url))
+    schema.migrate(database)
+    collection = new_collection(database)
+    code = (
+        "import sys\n"
+        "from ksync_server import settings\n"
+        "from ksync_server.store import changes\n"
+        "from ksync_server.store.database import Database\n"
+        "database = Database(settings.Database(url=sys.argv[1]))\n"
+        "for _ in range(300):\n"
+        "    database.write(lambda tx: changes.bump(tx, int(sys.argv[2])))\n"
+        "database.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, sqlite_url, str(collection)], env=environment)
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.wait(60) == 0
+    assert seq(database, collection) == 900
+    database.close()
