@@ -231,7 +231,7 @@ class Client:
             return read_answer(connection)
 
     def head(self, method: str, target: str, *fields: str) -> bytes:
-        """The head of a request for `raw`: request line, Host, Authorization and `fields`, without the empty line."""
+        """The head of a request for `raw`: all but the empty line that ends it."""
         host = self.host or urlsplit(self.base).netloc
         lines = [f"{method} {self.path(target)} HTTP/1.1", f"Host: {host}"]
         if self.login:

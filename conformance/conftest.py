@@ -33,7 +33,8 @@ class Collection:
 
     def sync(self, token: str = "", limit: int = 0, properties: str = "<D:getetag/>") -> Answer:
         asked = f"<D:limit><D:nresults>{limit}</D:nresults></D:limit>" if limit else ""
-        inner = f"<D:sync-token>{token}</D:sync-token><D:sync-level>1</D:sync-level>{asked}<D:prop>{properties}</D:prop>"
+        inner = f"<D:sync-token>{token}</D:sync-token><D:sync-level>1</D:sync-level>{asked}"
+        inner += f"<D:prop>{properties}</D:prop>"
         return self.client.report(self.path, "D:sync-collection", inner, depth="0")
 
 
@@ -69,7 +70,8 @@ def home(client: Client, kind: str) -> str:
 
 def make_calendar(client: Client, properties: str = "") -> Collection:
     path = f"{home(client, 'calendar')}{uuid.uuid4()}/"
-    body = f'<?xml version="1.0"?><C:mkcalendar {NAMESPACES}><D:set><D:prop>{properties}</D:prop></D:set></C:mkcalendar>'
+    body = f'<?xml version="1.0"?><C:mkcalendar {NAMESPACES}><D:set><D:prop>{properties}</D:prop></D:set>'
+    body += "</C:mkcalendar>"
     answer = client.request("MKCALENDAR", path, body if properties else None)
     assert answer.status == 201, (answer.status, answer.body[:500])
     return Collection(client, path)
@@ -78,7 +80,8 @@ def make_calendar(client: Client, properties: str = "") -> Collection:
 def make_book(client: Client, properties: str = "") -> Collection:
     path = f"{home(client, 'addressbook')}{uuid.uuid4()}/"
     kind = "<D:resourcetype><D:collection/><A:addressbook/></D:resourcetype>"
-    body = f'<?xml version="1.0"?><D:mkcol {NAMESPACES}><D:set><D:prop>{kind}{properties}</D:prop></D:set></D:mkcol>'
+    body = f'<?xml version="1.0"?><D:mkcol {NAMESPACES}><D:set><D:prop>{kind}{properties}</D:prop></D:set>'
+    body += "</D:mkcol>"
     answer = client.request("MKCOL", path, body)
     assert answer.status == 201, (answer.status, answer.body[:500])
     return Collection(client, path)

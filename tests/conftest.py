@@ -15,9 +15,6 @@ from conformance.names import CONTROL_NAMES, NASTY_NAMES
 from conformance.servers import Demo, PostgreSQL, demo, postgresql
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "spec(reference): the section of a standard that the test proves")
-
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[PostgreSQL]:

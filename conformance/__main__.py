@@ -1,0 +1,185 @@
+"""Run every part on SQLite and on PostgreSQL, print one table, fail if anything failed.
+
+    python -m conformance [PART ...] [--database sqlite|postgresql] [--peer radicale|wsgidav] [-k EXPRESSION]
+
+A part that did not run, ran no check, or skipped one has failed. With `--peer` the parts run against that
+server instead; then the table is for reading, and nothing is demanded of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conformance import peers
+from conformance.servers import REPOSITORY, demo, postgresql
+from conformance.target import Target
+
+FOLDER = Path(__file__).resolve().parent
+PARTS = {
+    "doors": FOLDER / "doors.py",
+    "rfc4918": FOLDER / "rfc4918.py",
+    "http": FOLDER / "rfc9110.py",
+    "uploads": FOLDER / "uploads.py",
+    "rfc4791": FOLDER / "rfc4791.py",
+    "hostile": FOLDER / "hostile.py",
+    "rfc6578": FOLDER / "rfc6578.py",
+    "rfc6352": FOLDER / "rfc6352.py",
+    "litmus": FOLDER / "external" / "litmus.py",
+    "pycaldav": FOLDER / "external" / "pycaldav.py",
+    "vdirsyncer": FOLDER / "external" / "vdirsyncer.py",
+    "rclone": FOLDER / "external" / "rclone.py",
+}
+OF_PEERS = {
+    "radicale": ("rfc4791", "rfc6578", "rfc6352", "hostile", "pycaldav", "vdirsyncer"),
+    "wsgidav": ("rfc4918", "http", "uploads", "litmus", "rclone"),
+}
+PART_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one part did on one server."""
+
+    server: str
+    part: str
+    passed: int
+    failed: int
+    seconds: float
+    output: str
+
+    @property
+    def green(self) -> bool:
+        return self.failed == 0 and self.passed > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./run conformance", description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), action="append")
+    parser.add_argument("--peer", choices=sorted(OF_PEERS))
+    parser.add_argument("--ready", type=Path, help="ready file of a demo that runs already")
+    parser.add_argument("-k", help="only checks whose names match, as in pytest")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    outcomes: list[Outcome] = []
+    for server, target, ready in _targets(chosen):
+        for part in chosen.parts or OF_PEERS.get(chosen.peer, PARTS):
+            outcome = run_part(server, part, target, ready, chosen.k)
+            outcomes.append(outcome)
+            print(f"{'ok  ' if outcome.green else 'FAIL'} {server:<11}{part:<11}", flush=True)
+            if not outcome.green:
+                print(outcome.output, flush=True)
+    print_table(outcomes)
+    return 0 if chosen.peer or (outcomes and all(outcome.green for outcome in outcomes)) else 1
+
+
+def _targets(chosen: argparse.Namespace) -> Iterator[tuple[str, Target, Path | None]]:
+    with tempfile.TemporaryDirectory(prefix="ksync-conformance-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        if chosen.ready:
+            yield "running", Target.from_ready(json.loads(chosen.ready.read_text())), chosen.ready
+        elif chosen.peer:
+            with getattr(peers, chosen.peer)(folder) as peer:
+                yield (
+                    chosen.peer,
+                    Target(peer.url.rstrip("/"), peer.url.rstrip("/"), peer.login, peer.password),
+                    None,
+                )
+        else:
+            for database in chosen.database or ("sqlite", "postgresql"):
+                with (
+                    _database_settings(database) as settings,
+                    demo(folder / database, settings=settings) as running,
+                ):
+                    ready = folder / f"{database}.json"
+                    ready.touch(mode=0o600)
+                    ready.write_text(json.dumps(dict(running.ready)))
+                    yield database, Target.from_ready(running.ready), ready
+                    _show_server_errors(running.log)
+
+
+def _show_server_errors(log: Path) -> None:
+    lines = [
+        line
+        for line in log.read_text(errors="replace").splitlines()
+        if "Traceback" in line or '"error"' in line
+    ]
+    if lines:
+        print(f"the server logged {len(lines)} errors, the first: {lines[0][:2000]}")
+
+
+@contextlib.contextmanager
+def _database_settings(database: str) -> Iterator[list[str]]:
+    if database == "sqlite":
+        yield []
+        return
+    with postgresql() as server, server.database() as url:
+        yield [f"database.url={url}"]
+
+
+def run_part(server: str, part: str, target: Target, ready: Path | None, expression: str | None) -> Outcome:
+    """Run one part's checks in a process of their own and count what its report says."""
+    python = peers.CLIENTS / "python" if part == "pycaldav" else Path(sys.executable)
+    environment = {**os.environ, **target.environment(), "PYTHONPATH": str(REPOSITORY)}
+    if ready:
+        environment["KSYNC_READY"] = str(ready)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ksync-part-", ignore_cleanup_errors=True) as folder:
+        report = Path(folder) / "report.xml"
+        command = [python, "-m", "pytest", PARTS[part], f"--junitxml={report}", f"--basetemp={folder}/tmp"]
+        command += ["-p", "no:cacheprovider", "--tb=short", "--rootdir", REPOSITORY]
+        command += ["-k", expression] if expression else []
+        command += [] if ready else ["-m", "not demo"]
+        try:
+            done = subprocess.run(
+                [str(word) for word in command],
+                cwd=REPOSITORY,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=PART_TIMEOUT_S,
+                check=False,
+            )
+            output = done.stdout.decode(errors="replace")
+        except subprocess.TimeoutExpired as late:
+            output = f"{(late.stdout or b'').decode(errors='replace')}\nnot done after {PART_TIMEOUT_S} s"
+        passed, failed = _count(report)
+    return Outcome(server, part, passed, failed, time.monotonic() - started, output)
+
+
+def _count(report: Path) -> tuple[int, int]:
+    """Passed and not passed (failures, errors and skips alike); a missing report is one failure."""
+    if not report.exists():
+        return 0, 1
+    suites = list(ET.parse(report).getroot().iter("testsuite"))
+    total = sum(int(suite.get("tests", "0")) for suite in suites)
+    bad = sum(int(suite.get(kind, "0")) for suite in suites for kind in ("failures", "errors", "skipped"))
+    return total - bad, bad
+
+
+def print_table(outcomes: list[Outcome]) -> None:
+    print(f"\n{'server':<12}{'part':<12}{'passed':>7}{'failed':>8}{'seconds':>9}")
+    for outcome in outcomes:
+        print(
+            f"{outcome.server:<12}{outcome.part:<12}{outcome.passed:>7}{outcome.failed:>8}{outcome.seconds:>9.1f}"
+            + ("" if outcome.green else "  FAILED")
+        )
+    passed, failed = sum(outcome.passed for outcome in outcomes), sum(outcome.failed for outcome in outcomes)
+    print(f"{'':<12}{'all':<12}{passed:>7}{failed:>8}{sum(outcome.seconds for outcome in outcomes):>9.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
