@@ -16,13 +16,11 @@ import unicodedata
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-import sqlalchemy as sa
-
 from ksync_server import settings as configuration
 from ksync_server.auth.gate import DriveGrant
+from ksync_server.drive import statements
 from ksync_server.errors import BadRequest, Conflict, Forbidden, InsufficientStorage, NotFound, UriTooLong
 from ksync_server.store import blobs, changes
-from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Row, Write
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f/\ud800-\udfff\ufffe\uffff]")
@@ -145,201 +143,11 @@ class Change:
         return self._last
 
 
-# -- statements -----------------------------------------------------------------------------------
-
-_N = t.node.c
-COLUMNS = (
-    _N.id,
-    _N.parent_id,
-    _N.name,
-    _N.folder,
-    _N.seq,
-    _N.size,
-    _N.content_type,
-    _N.mtime_ms,
-    _N.created_at,
-    _N.blob_id,
-    _N.entries,
-    _N.deleted_at,
-    _N.deleted_from_id,
-    _N.deleted_name,
-)
-_P = sa.bindparam
-
-_BY_ID = sa.select(*COLUMNS).where(_N.id == _P("id_"))
-_CHILD = sa.select(*COLUMNS).where(_N.parent_id == _P("parent"), _N.name == _P("name"))
-_PAGE_OF = (
-    sa.select(*COLUMNS)
-    .where(_N.parent_id == _P("parent"), _N.name > _P("after"))
-    .order_by(_N.name)
-    .limit(_P("most"))
-)
-_PARENT_ID = sa.select(_N.parent_id).where(_N.id == _P("id_"))
-_INSERT = (
-    sa.insert(t.node)
-    .values(
-        drive_id=_P("drive_id"),
-        parent_id=_P("parent_id"),
-        name=_P("name"),
-        folder=_P("folder", type_=sa.Boolean),
-        seq=_P("seq"),
-        size=_P("size", 0),
-        content_type=_P("content_type", None),
-        mtime_ms=_P("mtime_ms"),
-        created_at=_P("created_at"),
-        blob_id=_P("blob_id", None),
-        entries=0,
-        deleted_at=_P("deleted_at", None),
-    )
-    .returning(_N.id)
-)
-_CONTENT = (
-    sa.update(t.node)
-    .where(_N.id == _P("id_"))
-    .values(
-        seq=_P("seq"),
-        size=_P("size"),
-        content_type=_P("content_type"),
-        mtime_ms=_P("mtime_ms"),
-        blob_id=_P("blob_id"),
-    )
-)
-_MEMBERS = (
-    sa.update(t.node)
-    .where(_N.id == _P("id_"))
-    .values(
-        entries=_N.entries + _P("by", type_=sa.BigInteger),
-        seq=_P("seq"),
-        mtime_ms=_P("mtime_ms"),
-    )
-)
-_SET_MTIME = sa.update(t.node).where(_N.id == _P("id_")).values(mtime_ms=_P("mtime_ms"))
-_RELOCATE = (
-    sa.update(t.node)
-    .where(_N.id == _P("id_"))
-    .values(
-        parent_id=_P("parent_id"),
-        name=_P("name"),
-        seq=_P("seq"),
-        deleted_at=_P("deleted_at", None),
-        deleted_from_id=_P("deleted_from_id", None),
-        deleted_name=_P("deleted_name", None),
-    )
-)
-_USE = (
-    sa.update(t.drive)
-    .where(t.drive.c.id == _P("id_"))
-    .values(
-        used_bytes=t.drive.c.used_bytes + _P("size", type_=sa.BigInteger),
-        files=t.drive.c.files + _P("count", type_=sa.BigInteger),
-    )
-    .returning(t.drive.c.used_bytes, t.drive.c.files)
-)
-_DRIVE = sa.select(t.drive.c.used_bytes, t.drive.c.files).where(t.drive.c.id == _P("id_"))
-_page = (
-    sa.select(t.node)
-    .where(_N.parent_id == _P("parent"), _N.name > _P("after"))
-    .order_by(_N.name)
-    .limit(_P("most"))
-    .subquery("page")
-)
-_COPY_PAGE = (
-    sa.insert(t.node)
-    .from_select(
-        [
-            "drive_id",
-            "parent_id",
-            "name",
-            "folder",
-            "seq",
-            "size",
-            "content_type",
-            "mtime_ms",
-            "created_at",
-            "blob_id",
-            "entries",
-        ],
-        sa.select(
-            _page.c.drive_id,
-            _P("to", type_=t.Id),
-            _page.c.name,
-            _page.c.folder,
-            _P("base", type_=sa.BigInteger) + sa.func.row_number().over(order_by=_page.c.name),
-            _page.c.size,
-            _page.c.content_type,
-            _page.c.mtime_ms,
-            _P("now", type_=sa.BigInteger),
-            _page.c.blob_id,
-            _page.c.entries,
-        ),
-        include_defaults=False,
-    )
-    .returning(_N.folder, _N.blob_id, _N.size)
-)
-_old, _new = t.node.alias("old"), t.node.alias("new")
-_COPY_PAGE_PROPERTIES = sa.insert(t.node_property).from_select(
-    ["node_id", "name", "xml"],
-    sa.select(_new.c.id, t.node_property.c.name, t.node_property.c.xml)
-    .select_from(
-        t.node_property.join(_old, t.node_property.c.node_id == _old.c.id).join(
-            _new, _new.c.name == _old.c.name
-        )
-    )
-    .where(
-        _old.c.parent_id == _P("parent"),
-        _new.c.parent_id == _P("to"),
-        _old.c.name > _P("after"),
-        _old.c.name <= _P("last"),
-    ),
-)
-_COPY_PROPERTIES = sa.insert(t.node_property).from_select(
-    ["node_id", "name", "xml"],
-    sa.select(_P("to", type_=t.Id), t.node_property.c.name, t.node_property.c.xml).where(
-        t.node_property.c.node_id == _P("id_")
-    ),
-)
-_FOLDERS_OF = (
-    sa.select(_old.c.id, _new.c.id)
-    .select_from(_old.join(_new, _new.c.name == _old.c.name))
-    .where(
-        _old.c.parent_id == _P("parent"),
-        _new.c.parent_id == _P("to"),
-        _old.c.name > _P("after"),
-        _old.c.name <= _P("last"),
-        _old.c.folder.is_(sa.true()),
-    )
-)
-_top = sa.select(_N.id).where(_N.parent_id == _P("id_")).cte("subtree", recursive=True)
-_SUBTREE = _top.union_all(sa.select(_N.id).where(_N.parent_id == _top.c.id))
-_SUBTREE_SIZE = sa.select(sa.func.count()).select_from(
-    sa.select(_SUBTREE.c.id).limit(_P("most")).subquery("bounded")
-)
-_CHANGED_BETWEEN = sa.select(_N.id).where(
-    _N.drive_id == _P("drive_id"), _N.seq > _P("after"), _N.seq < _P("before")
-)
-_COLLECTION_SEQ = sa.select(t.collection.c.seq).where(t.collection.c.id == _P("id_"))
-_LOCKED_NODES = sa.select(t.lock.c.node_id).where(t.lock.c.drive_id == _P("drive_id")).distinct()
-_DROP_LOCKS = sa.delete(t.lock).where(t.lock.c.node_id == _P("id_"))
-_DROP_NODE = sa.delete(t.node).where(_N.id == _P("id_"))
-_STAGE_BEAT = sa.update(t.node).where(_N.id == _P("id_")).values(deleted_at=_P("now"))
-_EXPIRED = (
-    sa.select(_N.id, _N.drive_id)
-    .where(
-        sa.or_(
-            sa.and_(_N.parent_id.is_not(None), _N.deleted_at < _P("before")),
-            sa.and_(_N.parent_id.is_(None), _N.deleted_at < _P("abandoned")),
-        )
-    )
-    .order_by(_N.deleted_at)
-    .limit(_P("most"))
-)
-_SET_ENTRIES = sa.update(t.node).where(_N.id == _P("id_")).values(entries=_P("entries"))
-_LAST_NAME = sa.select(_N.name).where(_N.parent_id == _P("id_")).order_by(_N.name.desc()).limit(1)
-_DRIVE_COLLECTION = sa.select(t.drive.c.collection_id).where(t.drive.c.id == _P("id_"))
+# -- rows -----------------------------------------------------------------------------------------
 
 
 def node(row: Row) -> Node:
-    """A row of `COLUMNS` as a node."""
+    """A row of `statements.COLUMNS` as a node."""
     values = list(row)
     values[3] = bool(values[3])
     return Node(*values)
@@ -383,7 +191,7 @@ def _numbered(name: str, number: int, settings: configuration.Drive) -> str:
 
 def find(tx: Read, node_id: int) -> Node | None:
     """A node by its id."""
-    row = tx.one(_BY_ID, {"id_": node_id})
+    row = tx.one(statements.BY_ID, {"id_": node_id})
     return node(row) if row else None
 
 
@@ -393,7 +201,7 @@ def get(tx: Read, node_id: int) -> Node:
     Raises:
         NotFound: it is gone.
     """
-    row = tx.one(_BY_ID, {"id_": node_id})
+    row = tx.one(statements.BY_ID, {"id_": node_id})
     if row is None:
         raise NotFound("It does not exist any more.")
     return node(row)
@@ -401,7 +209,7 @@ def get(tx: Read, node_id: int) -> Node:
 
 def find_child(tx: Read, parent_id: int, name: str) -> Node | None:
     """The member of a folder with this stored name."""
-    row = tx.one(_CHILD, {"parent": parent_id, "name": name})
+    row = tx.one(statements.CHILD, {"parent": parent_id, "name": name})
     return node(row) if row else None
 
 
@@ -410,7 +218,9 @@ def list_page(tx: Read, parent_id: int, after: str = "", most: int = _PAGE) -> l
 
     Cost: one index range; the next page starts after the last name.
     """
-    return [node(row) for row in tx.fast(_PAGE_OF, {"parent": parent_id, "after": after, "most": most})]
+    return [
+        node(row) for row in tx.fast(statements.PAGE_OF, {"parent": parent_id, "after": after, "most": most})
+    ]
 
 
 def resolve(tx: Read, view: View, segments: tuple[str, ...]) -> Place:
@@ -450,7 +260,7 @@ def _walk(
 ) -> Place:
     found = list(chain)
     for index, name in enumerate(rest):
-        row = tx.one(_CHILD, {"parent": found[-1].id, "name": name}) if found[-1].folder else None
+        row = tx.one(statements.CHILD, {"parent": found[-1].id, "name": name}) if found[-1].folder else None
         if row is None:
             return Place(segments, names, area, tuple(found), len(rest) - index)
         found.append(node(row))
@@ -466,7 +276,7 @@ def is_inside(tx: Read, node_id: int, folder_id: int) -> bool:
     while at is not None:
         if at == folder_id:
             return True
-        at = tx.scalar(_PARENT_ID, {"id_": at})
+        at = tx.scalar(statements.PARENT_ID, {"id_": at})
     return False
 
 
@@ -485,7 +295,7 @@ def locked_inside(tx: Read, drive_id: int, folder_id: int) -> list[int]:
 
     Cost: one index range over the drive's locks, one walk up for each.
     """
-    locked = tx.fast(_LOCKED_NODES, {"drive_id": drive_id})
+    locked = tx.fast(statements.LOCKED_NODES, {"drive_id": drive_id})
     return [node_id for (node_id,) in locked if is_inside(tx, node_id, folder_id)]
 
 
@@ -495,7 +305,7 @@ def usage(tx: Read, drive_id: int) -> tuple[int, int]:
     Raises:
         NotFound: the drive is gone.
     """
-    row = tx.one(_DRIVE, {"id_": drive_id})
+    row = tx.one(statements.DRIVE, {"id_": drive_id})
     if row is None:
         raise NotFound("The drive does not exist any more.")
     return int(row[0]), int(row[1])
@@ -573,7 +383,7 @@ def _use(change: Change, size: int, count: int) -> None:
         InsufficientStorage: quota-not-exceeded, or too many files (RFC 4331 §6).
     """
     grant, settings = change.view.grant, change.view.settings
-    row = change.tx.one(_USE, {"id_": grant.drive_id, "size": size, "count": count})
+    row = change.tx.one(statements.USE, {"id_": grant.drive_id, "size": size, "count": count})
     if row is None:
         raise NotFound("The drive does not exist any more.")
     if size > 0 and grant.quota_bytes is not None and row[0] > grant.quota_bytes:
@@ -587,7 +397,8 @@ def _use(change: Change, size: int, count: int) -> None:
 
 def _touch(change: Change, folder_id: int, by: int) -> None:
     change.tx.fast(
-        _MEMBERS, {"id_": folder_id, "by": by, "seq": change.number(), "mtime_ms": change.now * 1000}
+        statements.MEMBERS,
+        {"id_": folder_id, "by": by, "seq": change.number(), "mtime_ms": change.now * 1000},
     )
 
 
@@ -601,7 +412,7 @@ def _insert(change: Change, parent_id: int | None, name: str, **values: object) 
         "created_at": change.now,
         **values,
     }
-    return int(change.tx.scalar(_INSERT, parameters))
+    return int(change.tx.scalar(statements.INSERT, parameters))
 
 
 def put_file(
@@ -640,7 +451,7 @@ def put_file(
     if old is None:
         _touch(change, parent.id, 1)
         return get(change.tx, _insert(change, parent.id, place.name, folder=False, **values))
-    change.tx.fast(_CONTENT, {"id_": old.id, "seq": change.number(), **values})
+    change.tx.fast(statements.CONTENT, {"id_": old.id, "seq": change.number(), **values})
     _touch(change, parent.id, 0)
     if old.blob_id is not None:
         blobs.release(change.tx, old.blob_id)
@@ -673,13 +484,13 @@ def make_empty_file(change: Change, place: Place) -> Node:
 
 def set_mtime(change: Change, node_id: int, mtime_ms: int) -> None:
     """Set the modification time a client wants; the content and its ETag stay."""
-    change.tx.fast(_SET_MTIME, {"id_": node_id, "mtime_ms": mtime_ms})
+    change.tx.fast(statements.SET_MTIME, {"id_": node_id, "mtime_ms": mtime_ms})
 
 
 def _drop_locks(change: Change, node_id: int) -> None:
     """Locks do not travel with a resource (RFC 4918 §7.5, §9.9)."""
     for locked in locked_inside(change.tx, change.view.grant.drive_id, node_id):
-        change.tx.fast(_DROP_LOCKS, {"id_": locked})
+        change.tx.fast(statements.DROP_LOCKS, {"id_": locked})
 
 
 def delete(change: Change, place: Place) -> int | None:
@@ -710,7 +521,7 @@ def delete(change: Change, place: Place) -> int | None:
 def _detach(change: Change, node_id: int) -> None:
     """Take a node out of every tree; `expire_trash` purges it if nobody does before."""
     values = {"id_": node_id, "parent_id": None, "name": "", "seq": change.number(), "deleted_at": 0}
-    change.tx.fast(_RELOCATE, values)
+    change.tx.fast(statements.RELOCATE, values)
 
 
 def to_trash(change: Change, target: Node) -> None:
@@ -719,7 +530,7 @@ def to_trash(change: Change, target: Node) -> None:
     trash_id, settings = change.view.grant.trash_id, change.view.settings
     seq = change.number()
     name, attempt = target.name, 1
-    while change.tx.one(_CHILD, {"parent": trash_id, "name": name}):
+    while change.tx.one(statements.CHILD, {"parent": trash_id, "name": name}):
         attempt += 1
         # Many deletions of one name: the change number is free for certain.
         name = _numbered(target.name, attempt if attempt < 10 else seq, settings)
@@ -727,7 +538,7 @@ def to_trash(change: Change, target: Node) -> None:
     _touch(change, target.parent_id, -1)
     _touch(change, trash_id, 1)
     change.tx.fast(
-        _RELOCATE,
+        statements.RELOCATE,
         {
             "id_": target.id,
             "parent_id": trash_id,
@@ -769,7 +580,7 @@ def move(change: Change, source: Place, destination: Place) -> None:
     folder = _make_room(change, source, destination)
     _drop_locks(change, moved.id)
     change.tx.fast(
-        _RELOCATE,
+        statements.RELOCATE,
         {"id_": moved.id, "parent_id": folder.id, "name": destination.name, "seq": change.number()},
     )
     if moved.parent_id == folder.id:
@@ -812,8 +623,8 @@ def prepare_copy(database: Database, view: View, source: Node, *, deep: bool) ->
     if not (source.folder and deep):
         return Prepared(source.id, deep)
     with database.read() as tx:
-        seen = int(tx.scalar(_COLLECTION_SEQ, {"id_": view.grant.collection_id}) or 0)
-        if tx.scalar(_SUBTREE_SIZE, {"id_": source.id, "most": _SMALL_TREE + 1}) <= _SMALL_TREE:
+        seen = int(tx.scalar(statements.COLLECTION_SEQ, {"id_": view.grant.collection_id}) or 0)
+        if tx.scalar(statements.SUBTREE_SIZE, {"id_": source.id, "most": _SMALL_TREE + 1}) <= _SMALL_TREE:
             return Prepared(source.id, deep)
     started = Prepared(source.id, deep, None, seen)
     prepared = database.write(lambda tx: _stage_folder(begin(tx, view), started))
@@ -834,8 +645,8 @@ def _stage_folder(change: Change, prepared: Prepared) -> Prepared:
     source = get(change.tx, prepared.source_id)
     _use(change, 0, 1)
     root_id = _insert(change, None, "", folder=True, mtime_ms=source.mtime_ms, deleted_at=change.now)
-    change.tx.fast(_SET_ENTRIES, {"id_": root_id, "entries": source.entries})
-    change.tx.fast(_COPY_PROPERTIES, {"id_": source.id, "to": root_id})
+    change.tx.fast(statements.SET_ENTRIES, {"id_": root_id, "entries": source.entries})
+    change.tx.fast(statements.COPY_PROPERTIES, {"id_": source.id, "to": root_id})
     return replace(prepared, root_id=root_id, seen=change.last)
 
 
@@ -849,7 +660,7 @@ def _copy_folder(
     def step(tx: Write) -> tuple[str, list[tuple[int, int]], int]:
         change = begin(tx, view)
         _check_unchanged(change, prepared)
-        tx.fast(_STAGE_BEAT, {"id_": prepared.root_id, "now": change.now})
+        tx.fast(statements.STAGE_BEAT, {"id_": prepared.root_id, "now": change.now})
         return *_copy_page(change, origin, target, after), change.last
 
     while True:
@@ -864,7 +675,7 @@ def _copy_page(change: Change, origin: int, target: int, after: str) -> tuple[st
     """Copy up to a page of members; returns the name to go on after ("" = done) and the pairs of folders."""
     tx = change.tx
     span = {"parent": origin, "to": target, "after": after, "most": _PAGE, "now": change.now}
-    rows = tx.fast(_COPY_PAGE, {**span, "base": change.numbers(_PAGE)})
+    rows = tx.fast(statements.COPY_PAGE, {**span, "base": change.numbers(_PAGE)})
     if not rows:
         return "", []
     for _, blob_id, _ in rows:
@@ -872,10 +683,10 @@ def _copy_page(change: Change, origin: int, target: int, after: str) -> tuple[st
             blobs.share(tx, blob_id)
     _use(change, sum(size for _, _, size in rows), len(rows))
     # The database's own order of names, which need not be Python's.
-    last = str(tx.scalar(_LAST_NAME, {"id_": target}))
+    last = str(tx.scalar(statements.LAST_NAME, {"id_": target}))
     span["last"] = last
-    tx.fast(_COPY_PAGE_PROPERTIES, span)
-    folders = tx.fast(_FOLDERS_OF, span) if any(folder for folder, _, _ in rows) else []
+    tx.fast(statements.COPY_PAGE_PROPERTIES, span)
+    folders = tx.fast(statements.FOLDERS_OF, span) if any(folder for folder, _, _ in rows) else []
     return last if len(rows) == _PAGE else "", [(int(old), int(new)) for old, new in folders]
 
 
@@ -907,7 +718,7 @@ def copy(change: Change, source: Place, destination: Place, prepared: Prepared) 
     _touch(change, folder.id, 1)
     if prepared.root_id is not None:
         values = {"id_": prepared.root_id, "parent_id": folder.id, "name": destination.name}
-        change.tx.fast(_RELOCATE, {**values, "seq": change.number()})
+        change.tx.fast(statements.RELOCATE, {**values, "seq": change.number()})
     else:
         _copy_inline(change, origin, folder.id, destination.name, deep=prepared.deep)
 
@@ -924,10 +735,10 @@ def _copy_inline(change: Change, origin: Node, folder_id: int, name: str, *, dee
         "blob_id": origin.blob_id,
     }
     top = _insert(change, folder_id, name, **values)
-    change.tx.fast(_COPY_PROPERTIES, {"id_": origin.id, "to": top})
+    change.tx.fast(statements.COPY_PROPERTIES, {"id_": origin.id, "to": top})
     if not (origin.folder and deep):
         return
-    change.tx.fast(_SET_ENTRIES, {"id_": top, "entries": origin.entries})
+    change.tx.fast(statements.SET_ENTRIES, {"id_": top, "entries": origin.entries})
     folders = [(origin.id, top)]
     for source_id, target_id in folders:  # grows while it is walked
         after, found = _copy_page(change, source_id, target_id, "")
@@ -945,7 +756,7 @@ def _check_unchanged(change: Change, prepared: Prepared) -> None:
     if change.first == prepared.seen + 1:
         return
     span = {"after": prepared.seen, "before": change.first, "drive_id": change.view.grant.drive_id}
-    for (node_id,) in change.tx.fast(_CHANGED_BETWEEN, span):
+    for (node_id,) in change.tx.fast(statements.CHANGED_BETWEEN, span):
         if is_inside(change.tx, node_id, prepared.source_id):
             raise SourceChanged("It changed while it was being copied; please try again.")
 
@@ -990,19 +801,19 @@ def _purge_step(tx: Write, drive_id: int, node_id: int) -> bool:
                 erased += 1
                 size += member.size
         at = next((member for member in members if member.folder), at)
-    tx.fast(_USE, {"id_": drive_id, "size": -size, "count": -erased})
+    tx.fast(statements.USE, {"id_": drive_id, "size": -size, "count": -erased})
     return at.id == node_id and find(tx, node_id) is None
 
 
 def _erase(tx: Write, gone: Node) -> None:
-    tx.fast(_DROP_NODE, {"id_": gone.id})
+    tx.fast(statements.DROP_NODE, {"id_": gone.id})
     if gone.blob_id is not None:
         blobs.release(tx, gone.blob_id)
 
 
 def _lock_drive(tx: Write, drive_id: int) -> int:
     """`begin` without a member: take a change number; returns it."""
-    collection_id = tx.scalar(_DRIVE_COLLECTION, {"id_": drive_id})
+    collection_id = tx.scalar(statements.DRIVE_COLLECTION, {"id_": drive_id})
     if collection_id is None:
         raise NotFound("The drive does not exist any more.")
     return changes.bump(tx, collection_id)
@@ -1020,7 +831,7 @@ def expire_trash(database: Database, settings: configuration.Drive, now: int, *,
     """
     before = now - settings.trash_days * 86400
     limits = {"before": before, "abandoned": now - _STAGE_S, "most": most}
-    rows = database.fast(_EXPIRED, limits)
+    rows = database.fast(statements.EXPIRED, limits)
     erased = 0
     for node_id, drive_id in rows:
         if database.write(lambda tx, d=drive_id, n=node_id: _expire(tx, d, n, before, now)):  # type: ignore[misc]
@@ -1038,6 +849,6 @@ def _expire(tx: Write, drive_id: int, node_id: int, before: int, now: int) -> bo
     if found.parent_id is not None:
         if found.deleted_at >= before:
             return False
-        tx.fast(_MEMBERS, {"id_": found.parent_id, "by": -1, "seq": seq, "mtime_ms": now * 1000})
-    tx.fast(_RELOCATE, {"id_": node_id, "parent_id": None, "name": "", "seq": seq, "deleted_at": 0})
+        tx.fast(statements.MEMBERS, {"id_": found.parent_id, "by": -1, "seq": seq, "mtime_ms": now * 1000})
+    tx.fast(statements.RELOCATE, {"id_": node_id, "parent_id": None, "name": "", "seq": seq, "deleted_at": 0})
     return True
