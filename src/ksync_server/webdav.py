@@ -7,7 +7,7 @@ costs nothing, and again first inside the publishing transaction; the second dec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ksync_server import settings as configuration
@@ -358,9 +358,7 @@ def not_modified(given: Conditions, state: ResourceState, resolve: Resolve | Non
 
     Spec: RFC 9110 §13.1.2, §13.1.3, §13.2.2.
     """
-    check(
-        Conditions(given.match, None, None, given.unmodified_since, given.lists, given.tokens), state, resolve
-    )
+    check(replace(given, none_match=None), state, resolve)
     if given.none_match is not None:
         return _matches(given.none_match, state, weak=True)
     if given.modified_since is not None and state.modified_at is not None:

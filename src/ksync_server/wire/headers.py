@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import calendar
-import datetime
 import re
 import time
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9._~!$'()*,=:@-]+")
 def split_path(raw: bytes) -> tuple[tuple[str, ...], bool]:
     """A raw request path as decoded segments, and whether it ended in a slash.
 
-    Split before decoding, so "%2F" stays inside its segment. A fragment is taken off, empty segments collapse.
+    Split before decoding, so "%2F" stays inside its segment. A fragment is taken off, empty segments
+    collapse.
 
     Raises:
         BadRequest: a bad percent escape, no UTF-8, a control character, or a dot segment (also encoded).
@@ -364,7 +364,7 @@ def parse_http_date(value: str) -> int | None:
     """Unix seconds of any of the three date forms, None for anything else (RFC 9110 §5.6.7)."""
     for form in ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"):
         try:
-            return calendar.timegm(datetime.datetime.strptime(value.strip(), form).timetuple())
+            return calendar.timegm(time.strptime(value.strip(), form))
         except ValueError:
             continue
     return None
