@@ -51,7 +51,7 @@ class Node:
     content_type: str | None  # as given at PUT
     mtime_ms: int
     created_at: int
-    blob_id: int | None  # None: a folder, or a file without a byte that LOCK made
+    blob_id: int | None  # None: a folder
     entries: int  # members of a folder
     deleted_at: int | None
     deleted_from_id: int | None
@@ -325,7 +325,8 @@ def check_create(view: View, place: Place) -> Node:
     """Whether something may be put at a place, existing or not; returns the folder it goes into.
 
     Raises:
-        Forbidden: a reserved name, one of the fixed folders, or inside the deleted items.
+        Forbidden: a reserved name, one of the fixed folders, inside the deleted items, or beside the two
+            folders that the bare URL lists.
         Conflict: the folder it should go into does not exist (RFC 4918 §9.3.1, §9.7.1).
         UriTooLong: deeper than `max_path_depth`.
         InsufficientStorage: the folder is full.
@@ -339,6 +340,9 @@ def check_create(view: View, place: Place) -> Node:
         raise Conflict("The folder it should go into does not exist.")
     if place.missing and place.area is Area.PRIVATE and len(place.chain) == 1 and view.reserved(place.name):
         raise Forbidden("This name belongs to the drive.")
+    if place.missing and view.folders and len(place.names) == 1:
+        # It would be made, and then not be among what this program is shown there.
+        raise Forbidden(f"Please put it into the folder {view.grant.name}.")
     if len(place.names) > view.settings.max_path_depth:
         raise UriTooLong(f"Folders may be {view.settings.max_path_depth} deep.")
     if place.missing and parent.entries >= view.settings.max_folder_entries:
