@@ -18,12 +18,10 @@ import sqlalchemy as sa
 
 from ksync_server import settings as configuration
 from ksync_server.drive import tree
-from ksync_server.errors import BadRequest, InsufficientStorage, UriTooLong
-from ksync_server.http import Request
-from ksync_server.store import changes
+from ksync_server.errors import InsufficientStorage
 from ksync_server.store import tables as t
 from ksync_server.store.database import Read, Write
-from ksync_server.webdav import ABSENT, LockState, Resolve, ResourceState, local_segments
+from ksync_server.webdav import LockState
 from ksync_server.wire import xml
 
 NO_CONFLICT = "{DAV:}no-conflicting-lock"
@@ -177,46 +175,15 @@ def _of_drive(tx: Read, drive_id: int, now: int) -> list[Lock]:
 
 
 def states(found: Sequence[Lock], href: Href) -> tuple[LockState, ...]:
-    """Locks as `webdav.check` and `webdav.check_locks` take them."""
+    """Locks as webdav.py decides about them."""
     return tuple(LockState(lock.token, href(lock.root), lock.account_id, lock.exclusive) for lock in found)
-
-
-def state(tx: Read, view: tree.View, place: tree.Place, href: Href, now: int) -> ResourceState:
-    """What the conditions of a request are tested against.
-
-    For a place where nothing is, `locks` are those of its folder, which protect its list of members; without
-    a folder there are none.
-    """
-    if place.missing > 1:
-        return ABSENT
-    held = states(covering(tx, view.grant.drive_id, place.chain, now), href)
-    node = place.node
-    if node is None:
-        return ResourceState(False, locks=held)
-    etag = changes.etag(tx.generation, view.grant.collection_id, node.seq)
-    return ResourceState(True, etag, node.mtime_ms // 1000, held)
-
-
-def resolver(tx: Read, view: tree.View, request: Request, now: int) -> Resolve:
-    """Finds the resources that an If header names."""
-
-    def resolve(href: str) -> ResourceState:
-        try:
-            segments = local_segments(request, href)
-            if segments is None:
-                return ABSENT
-            return state(tx, view, tree.resolve(tx, view, segments), request.href, now)
-        except (BadRequest, UriTooLong):
-            return ABSENT
-
-    return resolve
 
 
 def lockable(place: tree.Place) -> bool:
     """Whether a place takes locks: the drive's own folders do not.
 
-    Common documents and the roots belong to everybody or to the drive; one program's lock there would
-    shut out all others.
+    Common documents and the roots belong to everybody or to the drive; one program's lock there would shut
+    out all others.
     """
     return not place.fixed
 
