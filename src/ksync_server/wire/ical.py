@@ -19,6 +19,8 @@ from ksync_server.wire.contentline import (
     make_property,
     unfolded,
 )
+from ksync_server.wire.icaltime import BadTime, parse_duration, parse_moment
+from ksync_server.wire.rrule import BadRule, parse_rule
 
 __all__ = [
     "BadCalendar",
@@ -42,6 +44,7 @@ CALDAV = "{urn:ietf:params:xml:ns:caldav}"
 VALID_DATA = CALDAV + "valid-calendar-data"
 VALID_OBJECT = CALDAV + "valid-calendar-object-resource"
 SUPPORTED_COMPONENT = CALDAV + "supported-calendar-component"
+SUPPORTED_RSCALE = CALDAV + "supported-rscale"  # RFC 7529 §7.2
 MAX_SIZE = CALDAV + "max-resource-size"
 MAX_INSTANCES = CALDAV + "max-instances"
 MAX_ATTENDEES = CALDAV + "max-attendees-per-instance"
@@ -221,6 +224,8 @@ def check_object(
     if len(masters) > 1:
         raise BadCalendar("Two components of one UID are without RECURRENCE-ID.", VALID_OBJECT)
     _count(calendar, parts, limits)
+    for part in parts:
+        _times(part)
     return CalendarObject(
         uid=uid,
         component=kind,
@@ -257,6 +262,26 @@ def _uid(parts: list[Component], limits: CalendarLimits) -> str:
     if "\n" in uid or len(uid) > limits.max_uid_characters:
         raise BadCalendar("The UID holds a line break or is too long.", VALID_OBJECT)
     return uid
+
+
+def _times(part: Component) -> None:
+    """What no program could place in time is refused before other clients receive it."""
+    if part.name == "VEVENT" and part.first("DTSTART") is None:
+        raise BadCalendar("An event needs a DTSTART.", VALID_DATA)
+    try:
+        for prop in part.properties:
+            if prop.name in {"DTSTART", "DTEND", "DUE", "RECURRENCE-ID"}:
+                parse_moment(prop.value)
+            elif prop.name == "DURATION":
+                parse_duration(prop.value)
+            elif prop.name in {"RRULE", "EXRULE"}:
+                until = parse_rule(prop.value).until
+                if until is not None:
+                    parse_moment(until)
+    except BadTime as error:
+        raise BadCalendar(f"{prop.name}: {error}", VALID_DATA) from None
+    except BadRule as error:
+        raise BadCalendar(error.text, SUPPORTED_RSCALE if error.rscale else VALID_DATA) from None
 
 
 def _count(calendar: Component, parts: list[Component], limits: CalendarLimits) -> None:

@@ -36,8 +36,8 @@ CYCLE_DAYS = 146_097  # the Gregorian calendar, weekdays included, repeats after
 _UNIT_S = {HOURLY: 3_600, MINUTELY: 60, SECONDLY: 1}
 _MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
-_BYDAY = re.compile(r"([+-]?\d{1,2})?(MO|TU|WE|TH|FR|SA|SU)")
-_NUMBER = re.compile(r"[+-]?\d{1,10}")
+_BYDAY = re.compile(r"([+-]?\d{1,2})?(MO|TU|WE|TH|FR|SA|SU)", re.ASCII)
+_NUMBER = re.compile(r"[+-]?\d{1,10}", re.ASCII)
 _RANGES = {  # part -> (lowest, highest, negative allowed)
     "BYSECOND": (0, 60, False),
     "BYMINUTE": (0, 59, False),
@@ -265,7 +265,9 @@ class _Walk:
         self.seek = self.after if rule.count is None or one_per_period else first
         if rule.count is not None and one_per_period:
             period_s = rule.interval * _UNIT_S.get(rule.freq, DAY_S * (7 if rule.freq == WEEKLY else 1))
-            self.emitted += max(0, -((first - self.after) // period_s))
+            passed = -((first - self.after) // period_s)
+            self.emitted += passed
+            self.seek = first + passed * period_s
 
     @property
     def impossible(self) -> bool:
