@@ -1,0 +1,26 @@
+"""Run the measurements: `./run bench [NAME ...] [--count N]`; exit 1 when a bar is missed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+NAMES = ("caldav_listing", "drive_listing", "nochange_sync", "upload_memory", "limits")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./run bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--count", type=int, help="another size than the one the bar is for")
+    chosen = parser.parse_args()
+    if unknown := set(chosen.names) - set(NAMES):
+        parser.error(f"no such measurement: {', '.join(sorted(unknown))}")
+    arguments = [chosen.count] if chosen.count else []
+    held = {name: importlib.import_module(f"bench.{name}").main(*arguments) for name in chosen.names or NAMES}
+    print("\n" + "\n".join(f"{'ok  ' if good else 'MISS'} {name}" for name, good in held.items()))
+    return 0 if all(held.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
