@@ -1,0 +1,81 @@
+"""Offers: the table of product tiers, read from offers.toml; unknown ones open nothing."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from ksync_server.errors import ConfigError
+from ksync_server.settings import GB
+
+
+class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    webdav: bool
+    aliases: tuple[str, ...] = ()
+    webhooks: int | None = None
+    seats_min: int = 0
+    seats_max: int | None = None
+    storage_gb: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one tier opens and how much of it."""
+
+    id: str
+    webdav: bool
+    webhooks: int | None  # None = no limit
+    seats_min: int
+    seats_max: int | None
+    storage_bytes: int | None
+
+
+class Offers:
+    """The table, by id and alias."""
+
+    def __init__(self, rows: dict[str, _Row]) -> None:
+        self._offers = {
+            name: Offer(
+                name,
+                row.webdav,
+                row.webhooks,
+                row.seats_min,
+                row.seats_max,
+                None if row.storage_gb is None else row.storage_gb * GB,
+            )
+            for name, row in rows.items()
+        }
+        self._names = {name: name for name in rows}
+        for name, row in rows.items():
+            for alias in row.aliases:
+                if self._names.setdefault(alias, name) != name:
+                    raise ConfigError(f"offers: {alias} names two offers")
+
+    def find(self, name: str) -> Offer | None:
+        """The offer of that id or alias, None for an unknown one (which opens nothing: OFF6)."""
+        canonical = self._names.get(name)
+        return None if canonical is None else self._offers[canonical]
+
+    def list(self) -> tuple[Offer, ...]:
+        """All offers in the order of the file."""
+        return tuple(self._offers.values())
+
+
+def load(path: Path | None) -> Offers:
+    """Read offers.toml; None reads the shipped table.
+
+    Raises:
+        ConfigError: unreadable or malformed.
+    """
+    try:
+        if path is None:
+            text = resources.files("ksync_server").joinpath("offers.toml").read_text("utf-8")
+        else:
+            text = path.read_text("utf-8")
+        return Offers(msgspec.convert(tomllib.loads(text), dict[str, _Row]))
+    except (OSError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path or 'offers.toml'}: {error}") from None

@@ -1,0 +1,259 @@
+"""The two kinds of secret at the sync and drive doors: account passwords and application passwords.
+
+An application password is `id` + 135 random bits + check characters in an alphabet without look-alikes. It
+needs no slow hash, because nobody can guess it: an HMAC under a pepper is stored, and its row is read on
+every request. An account password is chosen by a person: argon2id, and a per-process memory of good results
+that holds no password and dies with the account's `auth_epoch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerifyMismatchError
+
+from ksync_server import settings as configuration
+from ksync_server.errors import BadRequest, Unavailable
+
+# -- application passwords ------------------------------------------------------------------------
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # without i, l, o and u
+_READ = {**{letter: letter for letter in _ALPHABET}, "o": "0", "i": "1", "l": "1"}
+_ID, _SECRET, _CHECK = 6, 27, 3  # letters of 5 bits: 30 bits to find the row, 135 secret, 15 against typos
+LENGTH = _ID + _SECRET + _CHECK
+
+
+@dataclass(frozen=True, slots=True)
+class AppPassword:
+    """A well-formed application password; whether it exists is not said."""
+
+    lookup: str  # its public part, unique
+    secret: str  # canonical text of the whole, what the digest is made of
+
+    @property
+    def shown(self) -> str:
+        """As people see it: groups of four."""
+        return "-".join(self.secret[at : at + 4] for at in range(0, LENGTH, 4))
+
+
+def _check_letters(text: str) -> str:
+    number = int.from_bytes(hashlib.sha256(b"ksync application password " + text.encode()).digest()[:2])
+    return "".join(_ALPHABET[number >> shift & 31] for shift in (10, 5, 0))
+
+
+def new_app_password() -> AppPassword:
+    """A fresh one."""
+    text = "".join(secrets.choice(_ALPHABET) for _ in range(_ID + _SECRET))
+    return AppPassword(text[:_ID], text + _check_letters(text))
+
+
+def parse_app_password(typed: str) -> AppPassword | None:
+    """What a person or program sent, case, spaces and hyphens ignored; None for anything else.
+
+    Cost: no hash for text of another length, one SHA-256 otherwise.
+    """
+    if len(typed) > 4 * LENGTH:
+        return None
+    letters = [_READ.get(letter) for letter in typed.lower() if not letter.isspace() and letter not in "-‐‑–"]
+    if len(letters) != LENGTH or None in letters:
+        return None
+    text = "".join(letter for letter in letters if letter)
+    if not hmac.compare_digest(_check_letters(text[:-_CHECK]), text[-_CHECK:]):
+        return None
+    return AppPassword(text[:_ID], text)
+
+
+# -- account passwords ----------------------------------------------------------------------------
+
+_SHORTEST = 8
+# The top of every published list of stolen passwords that is 8 characters or longer.
+_COMMON = frozenset(
+    [
+        "12345678",
+        "123456789",
+        "1234567890",
+        "123123123",
+        "987654321",
+        "11111111",
+        "111111111",
+        "00000000",
+        "88888888",
+        "password",
+        "password1",
+        "password123",
+        "passw0rd",
+        "p@ssw0rd",
+        "p@ssword",
+        "qwerty123",
+        "qwertyuiop",
+        "qwerty12",
+        "1q2w3e4r",
+        "1q2w3e4r5t",
+        "1qaz2wsx",
+        "q1w2e3r4",
+        "qazwsxedc",
+        "asdfghjkl",
+        "asdf1234",
+        "zxcvbnm1",
+        "abcd1234",
+        "abc12345",
+        "a1b2c3d4",
+        "iloveyou",
+        "iloveyou1",
+        "sunshine",
+        "princess",
+        "football",
+        "baseball",
+        "superman",
+        "trustno1",
+        "welcome1",
+        "welcome123",
+        "letmein1",
+        "letmein123",
+        "changeme",
+        "changeme1",
+        "administrator",
+        "administrator1",
+        "admin123",
+        "admin1234",
+        "computer",
+        "internet",
+        "starwars",
+        "michelle",
+        "jennifer",
+        "charlie1",
+        "12341234",
+        "123321123",
+        "12344321",
+        "11223344",
+        "147258369",
+        "147852369",
+        "159753456",
+        "789456123",
+        "aa123456",
+        "aaaaaaaa",
+        "azertyui",
+        "azertyuiop",
+        "motdepasse",
+        "passwort",
+        "passwort1",
+        "hallo123",
+        "schatz123",
+        "default1",
+        "whatever",
+        "whatever1",
+        "master123",
+        "monkey123",
+        "dragon123",
+        "shadow123",
+        "secret123",
+        "qwer1234",
+        "samsung1",
+        "google123",
+        "test1234",
+        "testtest",
+    ]
+)
+
+
+def check_new_password(password: str, settings: configuration.Auth) -> None:
+    """Whether a person may choose this password: length and the common list, no composition rules.
+
+    Raises:
+        BadRequest: says what is wrong.
+
+    Spec: OWASP ASVS 5.0 §6.2.
+    """
+    if len(password) < _SHORTEST:
+        raise BadRequest(f"A password has at least {_SHORTEST} characters.")
+    if len(password.encode("utf-8")) > settings.password_bytes:
+        raise BadRequest(f"A password has at most {settings.password_bytes} bytes.")
+    if password.lower() in _COMMON or len(set(password)) < 3:
+        raise BadRequest("This password is one of the first that attackers try. Choose another.")
+
+
+class AccountPasswords:
+    """Hashing and verification of account passwords in one process; thread-safe."""
+
+    def __init__(self, settings: configuration.Auth) -> None:
+        self._settings = settings
+        self._hasher = PasswordHasher(
+            time_cost=settings.argon2_time, memory_cost=settings.argon2_memory_kib, parallelism=1
+        )
+        self._running = threading.BoundedSemaphore(settings.argon2_parallel)
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._key = secrets.token_bytes(32)
+        self._known: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # -> auth_epoch, monotonic expiry
+        self._dummy = self._hasher.hash(secrets.token_hex(16))
+
+    def hash(self, password: str) -> str:
+        """An argon2id hash in PHC form; blocks for about 20 ms of CPU and 19 MiB."""
+        with self._turn():
+            return self._hasher.hash(password)
+
+    def verify(self, password: str, stored: str | None) -> bool:
+        """Whether a password is right; does the same work when there is nothing to compare with.
+
+        Raises:
+            Unavailable: too many verifications are waiting.
+        """
+        with self._turn():
+            try:
+                return self._hasher.verify(stored or self._dummy, password) and stored is not None
+            except (VerifyMismatchError, InvalidHashError):
+                return False
+
+    def is_outdated(self, stored: str) -> bool:
+        """Whether the hash was made with other parameters than today's."""
+        return self._hasher.check_needs_rehash(stored)
+
+    def is_known(self, account_id: int, password: str, epoch: int) -> bool:
+        """Whether this process verified the same password under the same epoch; renews the memory."""
+        key = self._name(account_id, password)
+        with self._lock:
+            found = self._known.get(key)
+            now = time.monotonic()
+            if found is None or found[0] != epoch or found[1] < now:
+                self._known.pop(key, None)
+                return False
+            self._known[key] = (epoch, now + self._settings.cache_s)
+            self._known.move_to_end(key)
+            return True
+
+    def remember(self, account_id: int, password: str, epoch: int) -> None:
+        """Keep a good result."""
+        with self._lock:
+            self._known[self._name(account_id, password)] = (
+                epoch,
+                time.monotonic() + self._settings.cache_s,
+            )
+            while len(self._known) > self._settings.cache_entries:
+                self._known.popitem(last=False)
+
+    def _name(self, account_id: int, password: str) -> bytes:
+        message = account_id.to_bytes(8) + password.encode("utf-8", "surrogatepass")
+        return hmac.digest(self._key, message, "sha256")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Bound memory and queue: each verification holds 19 MiB."""
+        with self._lock:
+            if self._waiting >= self._settings.argon2_queue:
+                raise Unavailable("Too many log-ins at once.", headers=[(b"retry-after", b"5")])
+            self._waiting += 1
+        try:
+            with self._running:
+                yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
