@@ -140,7 +140,8 @@ def instant(local: int, zone: tzinfo) -> int:
     """
     if zone is UTC:
         return local
-    offset = zone.utcoffset(_wall(local, zone))
+    # kept a day off the ends of the calendar, where the arithmetic of time zones would overflow
+    offset = zone.utcoffset(_EPOCH + timedelta(seconds=min(max(local, FIRST_S + DAY_S), LAST_S - DAY_S)))
     return local if offset is None else local - (offset.days * DAY_S + offset.seconds)
 
 
@@ -151,11 +152,6 @@ def wall_clock(at: int, zone: tzinfo) -> int:
     moment = _EPOCH.replace(tzinfo=UTC) + timedelta(seconds=min(max(at, FIRST_S + DAY_S), LAST_S - DAY_S))
     offset = moment.astimezone(zone).utcoffset()
     return at if offset is None else at + offset.days * DAY_S + offset.seconds
-
-
-def _wall(local: int, zone: tzinfo) -> datetime:
-    # kept a day off the ends of the calendar, where the arithmetic of time zones would overflow
-    return (_EPOCH + timedelta(seconds=min(max(local, FIRST_S + DAY_S), LAST_S - DAY_S))).replace(tzinfo=zone)
 
 
 def date_text(local: int) -> str:

@@ -84,6 +84,7 @@ class Times:
     end: Moment | None  # DTEND or DUE
     duration: Duration | None
     zone: tzinfo  # for floating values and dates
+    exact_s: int  # from start to end, both given; the same for every instance unless they are dates
 
     @property
     def anchor(self) -> Moment | None:
@@ -95,16 +96,17 @@ class Times:
         """The zone of the anchor's wall clock."""
         return (self.anchor.zone if self.anchor else None) or self.zone
 
-    def span(self, local: int) -> tuple[int, int]:
-        """Start and end of the instance whose anchor is at the wall-clock second `local`."""
+    def span(self, local: int, at: int | None = None) -> tuple[int, int]:
+        """Start and end of the instance whose anchor is at the wall-clock second `local` (instant `at`)."""
         start, end = self.start, self.end
-        at = instant(local, self.wall)
+        if at is None:
+            at = instant(local, self.wall)
         if start is None:
             return at, at
         if end is not None:
             if start.is_date:
                 return at, max(at, instant(local + end.local - start.local, self.wall))
-            return at, at + max(0, end.at(self.zone) - start.at(self.zone))
+            return at, at + self.exact_s
         if self.duration is not None:
             return at, max(at, self.duration.after(local, self.wall))
         if start.is_date and self.kind != "VTODO":
@@ -114,10 +116,7 @@ class Times:
     @property
     def length_s(self) -> int:
         """About how long an instance is; at most a day less than the truth."""
-        start, end = self.start, self.end
-        if start is not None and end is not None:
-            return max(0, end.at(self.zone) - start.at(self.zone))
-        return max(0, self.duration.total_s) if self.duration is not None else 0
+        return self.exact_s if self.duration is None else max(self.exact_s, self.duration.total_s)
 
     def touches(self, span: tuple[int, int], lo: int, hi: int) -> bool:
         """Whether an instance overlaps [lo, hi) (RFC 4791 §9.9, §7.4 of RFC 7953)."""
@@ -167,13 +166,10 @@ def duration_in(component: Component, name: str = "DURATION") -> Duration | None
 
 
 def times_of(component: Component, calendar: Component, zone: tzinfo) -> Times:
-    return Times(
-        kind=component.name,
-        start=moment_in(component, "DTSTART", calendar),
-        end=moment_in(component, "DUE" if component.name == "VTODO" else "DTEND", calendar),
-        duration=duration_in(component),
-        zone=zone,
-    )
+    start = moment_in(component, "DTSTART", calendar)
+    end = moment_in(component, "DUE" if component.name == "VTODO" else "DTEND", calendar)
+    exact_s = 0 if start is None or end is None else max(0, end.at(zone) - start.at(zone))
+    return Times(component.name, start, end, duration_in(component), zone, exact_s)
 
 
 # --- the recurrence set ----------------------------------------------------------------------------
@@ -240,6 +236,7 @@ class Series:
             self._read_override(component, calendar)
         self.shifts.sort(key=lambda shift: shift.local)
         self.shift_locals = [shift.local for shift in self.shifts]
+        self.recurring = obj.has_recurrence or bool(self.overrides)
         self.reach = max((abs(shift.delta) for shift in self.shifts), default=0)
 
     def _read_master(self, master: Component, calendar: Component) -> None:
@@ -374,7 +371,7 @@ class Series:
         while waiting:
             yield heapq.heappop(waiting)[3]
 
-    def _shown(self, local: int, at: int, lo: int, hi: int) -> Occurrence | None:
+    def _shown(self, local: int, at: int | None, lo: int, hi: int) -> Occurrence | None:
         assert self.master is not None
         assert self.anchor is not None
         assert self.obj.master is not None
@@ -385,18 +382,18 @@ class Series:
                 shift = self.shifts[index - 1]
                 component, times, delta = shift.component, shift.times, shift.delta
         anchor = times.anchor
-        if delta and anchor is not None and anchor.zone is not self.anchor.zone:
-            moved = wall_clock(instant(local + delta, self.wall), times.wall)
-        else:
-            moved = local + delta
-        span = times.span(moved)
+        moved = local + delta
+        if anchor is not None and anchor.zone is not self.anchor.zone:
+            moved = wall_clock(instant(moved, self.wall), times.wall)
+            moved -= moved % DAY_S if anchor.is_date else 0
+            at = None
+        span = times.span(moved, None if delta else at)
         end = self.dates.get(local) if self.dates else None
         if end is not None and component is self.obj.master:
             span = span[0], max(end, span[0])
         if not times.touches(span, lo, hi):
             return None
-        recurring = self.obj.has_recurrence or self.overrides
-        named = Moment(local, self.anchor.zone, self.anchor.is_date).value() if recurring else None
+        named = Moment(local, self.anchor.zone, self.anchor.is_date).value() if self.recurring else None
         return shown_by(component, times, span, named)
 
     def override_occurrences(self, lo: int, hi: int) -> list[Occurrence]:

@@ -42,6 +42,22 @@ MAX_SIZE = CARDDAV + "max-resource-size"
 
 VERSIONS = ("2.1", "3.0", "4.0")
 
+# what vCard 2.1 programs write; a fixed list, since Python knows codecs that fail or take quadratic time
+_CHARSETS = frozenset(
+    {
+        "iso-8859-1",
+        "iso-8859-2",
+        "iso-8859-15",
+        "windows-1250",
+        "windows-1251",
+        "windows-1252",
+        "shift_jis",
+        "gbk",
+    }
+)
+# quoted-printable can hide characters that no database or XML takes
+_CONTROLS = dict.fromkeys([*set(range(0x20)) - {0x09, 0x0A, 0x0D}, 0xFFFE, 0xFFFF])
+
 
 class BadCard(BadContent):
     """No vCard that can be stored; `precondition` says which rule of RFC 6352 §6.3.2.1 failed."""
@@ -189,11 +205,9 @@ def _decoded(prop: Property) -> str:
     if not prop.params or not _quoted_printable(prop):
         return prop.value
     octets = quopri.decodestring(prop.value.encode("utf-8"))
-    charset = prop.param("CHARSET") or "utf-8"
-    try:
-        return octets.decode(charset)
-    except (LookupError, UnicodeDecodeError):
-        return octets.decode("utf-8", "replace")
+    charset = (prop.param("CHARSET") or "").lower()
+    text = octets.decode(charset if charset in _CHARSETS else "utf-8", "replace")
+    return text.translate(_CONTROLS)
 
 
 # --- writing ---------------------------------------------------------------------------------------
