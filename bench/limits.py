@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from bench.measure import resident_bytes
@@ -55,7 +55,7 @@ class DiscardingExtents:
         return ()
 
 
-def body(size: int) -> list[object]:
+def body(size: int) -> Sequence[object]:
     """A body of `size` bytes: the same piece over and over, then the rest."""
     return [PIECE] * (size // len(PIECE)) + ([PIECE[: size % len(PIECE)]] if size % len(PIECE) else [])
 

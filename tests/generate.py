@@ -94,7 +94,7 @@ def readme(text: str) -> str:
     for product in ("dav", "drive"):
         head = rf"(<!-- owners: {product} -->\n[^\n]*\n[^\n]*\n)(?:[^\n]*\|\n)*"
         rows = owner_rows(product)
-        text, count = re.subn(head, lambda match, rows=rows: match[1] + rows, text)
+        text, count = re.subn(head, r"\1" + rows.replace("\\", r"\\"), text)
         assert count == 1, f"README has no owner table of {product}"
     return text
 
