@@ -37,7 +37,7 @@ _UNIT_S = {HOURLY: 3_600, MINUTELY: 60, SECONDLY: 1}
 _MONTH_DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 _BYDAY = re.compile(r"([+-]?\d{1,2})?(MO|TU|WE|TH|FR|SA|SU)", re.ASCII)
-_NUMBER = re.compile(r"[+-]?\d{1,10}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?\d{1,12}", re.ASCII)
 _RANGES = {  # part -> (lowest, highest, negative allowed)
     "BYSECOND": (0, 60, False),
     "BYMINUTE": (0, 59, False),
