@@ -25,8 +25,7 @@ from ksync_server.errors import (
 )
 from ksync_server.store import blobs
 from ksync_server.store import tables as t
-
-from .conftest import NOW, Drive
+from tests.drive.harness import NOW, Drive
 
 T = TypeVar("T")
 

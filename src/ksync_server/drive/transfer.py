@@ -52,6 +52,7 @@ _MORE_TYPES = {
     ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
     ".vcf": "text/vcard",
     ".webp": "image/webp",
+    ".xhtml": "application/xhtml+xml",
     ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
 }
 _TYPES = {**mimetypes.MimeTypes().types_map[True], **_MORE_TYPES}

@@ -794,6 +794,7 @@ def _purge_step(tx: Write, drive_id: int, node_id: int) -> bool:
         if not members:
             _erase(tx, at)
             erased += 1
+            size += at.size
             if at.id == node_id:
                 break
             assert at.parent_id is not None
