@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import time
+import unicodedata
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ STATES = ("active", "suspended")
 _EMAIL = re.compile(r"[^@\s\x00-\x1f:]{1,200}@[^@\s\x00-\x1f:]{1,253}")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NAME_CHARACTERS = 200
+_LONGEST_LOGIN = 500  # characters
+_FOLDER_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Account:
 
 def fold(name: str) -> str:
     """A log-in name as names are compared (ACC3)."""
-    return name.strip().casefold()
+    return unicodedata.normalize("NFC", name.strip().casefold())
 
 
 def audit(
@@ -114,13 +117,27 @@ def _account(row: tuple[object, ...]) -> Account:
     )
 
 
+def canonical_name(name: str, sync_hosts: Iterable[str] = ()) -> tuple[str, bool]:
+    """What a typed log-in name stands for: (key to look for, whether it is an e-mail name).
+
+    Sync ids come in any case and with `@<sync host>` behind them; e-mail names are compared without case
+    (ACC3). A name that cannot belong to anybody is "".
+    """
+    folded = fold(name)
+    if len(folded) > _LONGEST_LOGIN or not xml.is_xml_text(folded):
+        return "", False
+    local, at, host = folded.rpartition("@")
+    if not at:
+        return folded.upper(), False
+    if host in {fold(each) for each in sync_hosts}:
+        return local.upper(), False
+    return folded, True
+
+
 def find(tx: Read, name: str, sync_hosts: Iterable[str] = ()) -> Account | None:
     """The account of any of its names: sync id in any case, `<sync id>@<sync host>`, login e-mail."""
-    folded = fold(name)
-    local, at, host = folded.rpartition("@")
-    if at and host in {fold(each) for each in sync_hosts}:
-        folded, at = local, ""
-    row = tx.one(_BY_LOGIN, {"name": folded}) if at else tx.one(_BY_SYNC_ID, {"name": folded.upper()})
+    key, is_email = canonical_name(name, sync_hosts)
+    row = tx.one(_BY_LOGIN if is_email else _BY_SYNC_ID, {"name": key})
     return None if row is None else _account(row)
 
 
@@ -212,8 +229,8 @@ def create_account(
         "created_at": now,
     }
     account_id = tx.execute(sa.insert(t.account).returning(t.account.c.id), row).scalar_one()
-    create_collection(tx, account_id, "calendar", "Calendar", now)
-    create_collection(tx, account_id, "addressbook", "Contacts", now)
+    create_collection(tx, account_id, "calendar", "default", "Calendar")
+    create_collection(tx, account_id, "addressbook", "default", "Contacts")
     audit(tx, actor, "account.create", number, {"login_email": email})
     return by_id(tx, account_id)
 
@@ -227,9 +244,14 @@ def _free_sync_id(tx: Read) -> str:
     raise Conflict("No free sync id was found.")
 
 
-def create_collection(tx: Write, account_id: int, kind: str, display_name: str, now: int) -> int:
-    """A calendar or address book of the account under a random name; returns its id."""
-    row = {"kind": kind, "account_id": account_id, "name": str(uuid.uuid4()), "seq": 1, "created_at": now}
+def create_collection(tx: Write, account_id: int, kind: str, name: str, display_name: str) -> int:
+    """An empty calendar (for all components) or address book of an account; returns its id.
+
+    Args:
+        kind: calendar or addressbook.
+        name: last segment of its URL, free in this home.
+    """
+    row = {"kind": kind, "account_id": account_id, "name": name, "seq": 1, "created_at": int(time.time())}
     number: int = tx.execute(sa.insert(t.collection).returning(t.collection.c.id), row).scalar_one()
     value = xml.serialise(xml.Element("{DAV:}displayname", children=(display_name,)))
     tx.execute(
@@ -368,6 +390,14 @@ def set_offer(tx: Write, product_id: int, offer: str, actor: Actor = OPERATOR) -
 # -- drives ---------------------------------------------------------------------------------------
 
 
+_DRIVE_OF_MEMBER = (
+    sa.select(t.member.c.role)
+    .join(t.product, t.product.c.organization_id == t.member.c.organization_id)
+    .join(t.drive, t.drive.c.product_id == t.product.c.id)
+    .where(t.drive.c.id == sa.bindparam("drive_id"), t.member.c.account_id == sa.bindparam("account_id"))
+)
+
+
 def _root_node(tx: Write, drive_id: int, name: str, now: int) -> int:
     row = {
         "drive_id": drive_id,
@@ -384,16 +414,24 @@ def _root_node(tx: Write, drive_id: int, name: str, now: int) -> int:
     return number
 
 
-def create_drive(tx: Write, product_id: int, name: str, actor: Actor = OPERATOR) -> int:
+def create_drive(
+    tx: Write, product_id: int, name: str, *, reserved: Iterable[str] = (), actor: Actor = OPERATOR
+) -> int:
     """An empty drive; returns its id, the number in its host name.
+
+    Args:
+        name: what its folder is called.
+        reserved: names of the other two folders that members see beside or in it.
 
     Raises:
         BadRequest: a name that cannot be a folder's.
         NotFound: no such product.
     """
-    shown = checked_name(name, "drive name")
-    if "/" in shown or shown in (".", ".."):
-        raise BadRequest("A drive's name is a folder's name: no slash.")
+    shown = unicodedata.normalize("NFC", checked_name(name, "drive name"))
+    if "/" in shown or shown in (".", "..") or len(shown.encode("utf-8")) > _FOLDER_NAME_BYTES:
+        raise BadRequest(f"A drive's name is a folder's name: no slash, {_FOLDER_NAME_BYTES} bytes at most.")
+    if fold(shown) in {fold(each) for each in reserved}:
+        raise BadRequest(f"{shown} is the name of a folder that every drive has.")
     _require(tx, t.product, product_id, "product")
     now = int(time.time())
     collection = {"kind": "drive", "account_id": None, "name": str(uuid.uuid4()), "seq": 1, "created_at": now}
@@ -418,22 +456,46 @@ def create_drive(tx: Write, product_id: int, name: str, actor: Actor = OPERATOR)
 def add_drive_member(tx: Write, drive_id: int, account: Account, actor: Actor = OPERATOR) -> None:
     """Give an account a private root and deleted items in a drive; nothing happens when it has them.
 
+    A former member finds its files again.
+
     Raises:
+        Conflict: the account is not in the drive's organization.
         NotFound: no such drive.
     """
     _require(tx, t.drive, drive_id, "drive")
     where = (t.drive_member.c.drive_id == drive_id) & (t.drive_member.c.account_id == account.id)
     if tx.execute(sa.select(t.drive_member.c.root_id).where(where)).first() is not None:
         return
-    now = int(time.time())
+    if tx.one(_DRIVE_OF_MEMBER, {"drive_id": drive_id, "account_id": account.id}) is None:
+        raise Conflict(f"{account.sync_id} is not a member of the organization of drive {drive_id}.")
     row = {
         "drive_id": drive_id,
         "account_id": account.id,
-        "root_id": _root_node(tx, drive_id, f"root {account.sync_id}", now),
-        "trash_id": _root_node(tx, drive_id, f"trash {account.sync_id}", now),
+        "root_id": _kept_root(tx, drive_id, f"root {account.sync_id}"),
+        "trash_id": _kept_root(tx, drive_id, f"trash {account.sync_id}"),
     }
     tx.execute(sa.insert(t.drive_member), row)
     audit(tx, actor, "drive.member", str(drive_id), {"account": account.sync_id})
+
+
+def _kept_root(tx: Write, drive_id: int, name: str) -> int:
+    """The root of that name, made where there is none: a member who comes back keeps what it had."""
+    c = t.node.c
+    where = (c.drive_id == drive_id) & c.parent_id.is_(None) & (c.name == name)
+    number: int | None = tx.execute(sa.select(c.id).where(where)).scalar()
+    return _root_node(tx, drive_id, name, int(time.time())) if number is None else number
+
+
+def remove_drive_member(tx: Write, drive_id: int, account: Account, actor: Actor = OPERATOR) -> None:
+    """Close a drive to an account from the next request on; its private files stay in the drive.
+
+    Raises:
+        NotFound: it is no member.
+    """
+    where = (t.drive_member.c.drive_id == drive_id) & (t.drive_member.c.account_id == account.id)
+    if tx.execute(sa.delete(t.drive_member).where(where)).rowcount == 0:
+        raise NotFound(f"{account.sync_id} is not a member of drive {drive_id}.")
+    audit(tx, actor, "drive.member-removed", str(drive_id), {"account": account.sync_id})
 
 
 def set_drive_limits(

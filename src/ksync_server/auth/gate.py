@@ -9,6 +9,9 @@ import hmac
 import logging
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import overload
@@ -19,13 +22,15 @@ from ksync_server import settings as configuration
 from ksync_server.auth import accounts, passwords
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.keys import Keys
-from ksync_server.auth.offers import Offers
+from ksync_server.auth.offers import Offer, Offers
 from ksync_server.errors import (
     AppPasswordRequired,
+    ConfigError,
     Forbidden,
-    MethodNotAllowed,
     NotAuthenticated,
     NotFound,
+    NotImplementedHere,
+    Unavailable,
 )
 from ksync_server.http import Peer
 from ksync_server.store import tables as t
@@ -104,30 +109,36 @@ class DriveGrant:
     used_bytes: int
 
 
-VERBS = frozenset(
-    [
-        "GET",
-        "HEAD",
-        "OPTIONS",
-        "PUT",
-        "POST",
-        "PATCH",
-        "DELETE",
-        "PROPFIND",
-        "PROPPATCH",
-        "REPORT",
-        "MKCOL",
-        "MKCALENDAR",
-        "COPY",
-        "MOVE",
-        "LOCK",
-        "UNLOCK",
-        "ACL",
-        "SEARCH",
-    ]
+VERBS = frozenset({"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT"}) | frozenset(
+    {"PUT", "POST", "DELETE", "PROPPATCH", "MKCOL", "MKCALENDAR", "COPY", "MOVE", "LOCK", "UNLOCK"}
 )
+"""Methods that the gate knows; whether a site has them is the site's to say."""
+
 _REFUSED = "The name or the password is not right, or an application password is needed."
-_TELL_EVERY_S = 600.0  # the owner is told once in this time that a right password was refused
+_NOTHING_HERE = "There is nothing here."
+_TELL_EVERY_S = 3600.0  # the owner is told of one cause once in this time and process
+_REMEMBERED = 10_000  # secrets and accounts whose last note is remembered per process
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why nobody was let in: for the log, and for the owner where the secret was a right one."""
+
+    reason: str
+    owner: str | None = None  # sync id
+    second_factor: bool = False  # the right account password, where only application passwords are taken
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """When and how an application password was used."""
+
+    number: int
+    at: int
+    service: str
+    address: str
+    client: str
+
 
 _APP_PASSWORD = (
     sa.select(
@@ -149,13 +160,23 @@ _APP_PASSWORD = (
 )
 _USED = (
     sa.update(t.app_password)
-    .where(t.app_password.c.id == sa.bindparam("id_"))
+    .where(
+        t.app_password.c.id == sa.bindparam("id_"),
+        sa.func.coalesce(t.app_password.c.last_used_at, 0) < sa.bindparam("at"),
+    )
     .values(
         last_used_at=sa.bindparam("at"),
         last_service=sa.bindparam("service"),
         last_address=sa.bindparam("address"),
         last_client=sa.bindparam("client"),
     )
+)
+_other = t.drive.alias("other")
+_OTHERS_USE = (
+    sa.select(sa.func.coalesce(sa.func.sum(_other.c.used_bytes), 0))
+    .where(_other.c.product_id == t.drive.c.product_id, _other.c.id != t.drive.c.id)
+    .correlate(t.drive)
+    .scalar_subquery()
 )
 _DRIVE = (
     sa.select(
@@ -169,6 +190,7 @@ _DRIVE = (
         t.drive.c.max_chunked_bytes,
         t.drive.c.quota_bytes,
         t.drive.c.used_bytes,
+        _OTHERS_USE,
     )
     .join(t.product, t.product.c.id == t.drive.c.product_id)
     .join(
@@ -197,123 +219,96 @@ class Gate:
         self._offers = offers
         self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.sync)
         self.passwords = passwords.AccountPasswords(settings.auth)
-        self._lock = threading.Lock()
-        self._used: dict[int, float] = {}  # application password -> when its use was last written
-        self._told: dict[int, float] = {}  # account -> when its owner was last told of a refusal
+        self._notes = _Notes(database, settings.auth.last_used_s)
 
     # -- who is it ----------------------------------------------------------------------------------
 
     def is_quick(self, credentials: Credentials | None) -> bool:
-        """Whether `identify` runs no argon2 for this: then the event loop may call it with SQLite.
+        """Whether `identify` will run no argon2: then the event loop may call it with SQLite.
 
-        An application password, nothing at all, or a secret over the length limit.
+        Cost: no read for an application password; one for an account password, with SQLite only.
         """
-        return (
-            credentials is None
-            or len(credentials.secret) > self._settings.auth.password_bytes
-            or passwords.parse_app_password(credentials.secret) is not None
-        )
+        if credentials is None or self._is_too_long(credentials):
+            return True
+        if passwords.parse_app_password(credentials.secret) is not None:
+            return True
+        if self._database.dialect != "sqlite":
+            return False
+        account = self._find(credentials.name)
+        return account is not None and self._remembers(account, credentials.secret)
 
     def identify(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Identity:
         """The account behind a name and a secret.
 
         Args:
             credentials: what the client sent; None where it sent nothing usable.
+            peer: for the notes of where a secret was used or refused.
+            service: what the secret is used for; its scopes are the business of `authorize`, because a right
+                secret of the wrong scope is a right log-in.
 
         Raises:
             NotAuthenticated: unknown name, wrong or revoked secret, suspended account.
-            AppPasswordRequired: the right account password while 2FA is on (APP3); clients cannot tell it
-                from the others, the owner is told.
+            AppPasswordRequired: the right account password while 2FA is on (APP3). Clients cannot tell it
+                from the others; its owner finds the reason in the audit.
             Unavailable: too many password verifications are waiting.
 
-        Cost: one indexed read for an application password; for an account password one more comparison when
-        this process knows it, else one argon2id.
+        Cost: one indexed read for an application password; for an account password a read and, where this
+            process has not verified it since the last change of the account, one argon2id.
         """
         if credentials is None:
             raise NotAuthenticated(_REFUSED)
-        if len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes:
-            raise self._refused(credentials, peer, service)
-        secret = passwords.parse_app_password(credentials.secret)
-        if secret is not None:
-            identity = self._by_app_password(credentials.name, secret, peer, service)
+        outcome: Identity | _Refusal
+        if self._is_too_long(credentials):
+            outcome = _Refusal("secret too long")
+        elif (secret := passwords.parse_app_password(credentials.secret)) is not None:
+            outcome = self._by_app_password(credentials.name, secret, peer, service)
         else:
-            identity = self._by_account_password(credentials, peer, service)
-        if identity is None:
-            raise self._refused(credentials, peer, service)
-        return identity
+            outcome = self._by_account_password(credentials)
+        if isinstance(outcome, Identity):
+            return outcome
+        self._note_refusal(outcome, credentials, peer, service)
+        raise (AppPasswordRequired if outcome.second_factor else NotAuthenticated)(_REFUSED)
 
-    def _refused(self, credentials: Credentials, peer: Peer, service: Service) -> NotAuthenticated:
-        name = credentials.name[:100].encode("ascii", "backslashreplace").decode("ascii")
-        log.warning("log-in failed", extra={"login": name, "address": peer.address, "service": str(service)})
-        return NotAuthenticated(_REFUSED)
-
-    def _names(self, name: str) -> tuple[str, bool]:
-        """The name folded, without the sync host, and whether it is an e-mail name."""
-        folded = accounts.fold(name)
-        local, at, host = folded.rpartition("@")
-        if at and host in self._sync_hosts:
-            return local, False
-        return folded, bool(at)
+    def _is_too_long(self, credentials: Credentials) -> bool:
+        return len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes
 
     def _by_app_password(
         self, name: str, secret: passwords.AppPassword, peer: Peer, service: Service
-    ) -> Identity | None:
+    ) -> Identity | _Refusal:
         rows = self._database.fast(_APP_PASSWORD, {"lookup": secret.lookup})
         if not rows:
-            return None
+            self._keys.digest(secret.secret.encode("ascii"))  # the same work as for a known one
+            return _Refusal("no such application password")
         (number, digest, key_id, scopes, revoked, used_at, account_id, sync_id, email, key, shown, state) = (
             rows[0]
         )
-        _, wanted = self._keys.digest(secret.secret.encode("ascii"), key_id)
+        try:
+            _, wanted = self._keys.digest(secret.secret.encode("ascii"), key_id)
+        except ConfigError:
+            return _Refusal(f"the key file has no key set {key_id}")
         if not hmac.compare_digest(wanted, bytes(digest)):
-            return None
-        folded, is_email = self._names(name)
-        if folded != (key if is_email else sync_id.casefold()) or revoked is not None or state != "active":
-            return None
-        self._note_use(number, used_at, peer, service)
+            return _Refusal("no such application password")
+        typed, is_email = accounts.canonical_name(name, self._sync_hosts)
+        if typed != (key if is_email else sync_id):
+            return _Refusal("the application password of another account", sync_id)
+        if revoked is not None:
+            return _Refusal("revoked application password", sync_id)
+        if state != "active":
+            return _Refusal(f"the account is {state}", sync_id)
+        self._notes.use(used_at, _Use(number, int(time.time()), service, peer.address, peer.user_agent[:200]))
         return Identity(account_id, sync_id, email, shown, frozenset(scopes.split()), number)
 
-    def _note_use(self, number: int, used_at: int | None, peer: Peer, service: Service) -> None:
-        """Write "last used" at most once a minute, and let nobody wait for it."""
-        now = time.time()
-        if used_at is not None and now - used_at < self._settings.auth.last_used_s:
-            return
-        with self._lock:
-            if now - self._used.get(number, 0.0) < self._settings.auth.last_used_s:
-                return
-            if len(self._used) > 100_000:
-                self._used.clear()
-            self._used[number] = now
-        values = {
-            "id_": number,
-            "at": int(now),
-            "service": str(service),
-            "address": peer.address,
-            "client": peer.user_agent[:200],
-        }
-        self._database.submit(lambda tx: tx.fast(_USED, values))
-
-    def _by_account_password(self, credentials: Credentials, peer: Peer, service: Service) -> Identity | None:
-        folded, is_email = self._names(credentials.name)
-        with self._database.read() as tx:
-            account = accounts.find(tx, folded) if is_email == ("@" in folded) else None
+    def _by_account_password(self, credentials: Credentials) -> Identity | _Refusal:
+        account = self._find(credentials.name)
         password = credentials.secret
-        known = account is not None and self.passwords.is_known(account.id, password, account.auth_epoch)
-        if not known:
-            stored = account.password_hash if account else None
-            if not self.passwords.verify(password, stored) or account is None:
-                return None
-            assert stored is not None
+        if account is None:
+            self.passwords.verify(password, None)
+            return _Refusal("no such account")
+        if not self._remembers(account, password):
+            refusal = self._refused_after_verifying(account, password)
+            if refusal is not None:
+                return refusal
             self.passwords.remember(account.id, password, account.auth_epoch)
-            if self.passwords.is_outdated(stored):
-                self._rehash(account, password)
-        assert account is not None
-        if account.state != "active":
-            return None
-        if account.second_factor:
-            self._refused(credentials, peer, service)
-            self._tell_owner(account, peer, service)
-            raise AppPasswordRequired(_REFUSED)
         return Identity(
             account.id,
             account.sync_id,
@@ -323,6 +318,30 @@ class Gate:
             None,
         )
 
+    def _find(self, name: str) -> Account | None:
+        with self._database.read() as tx:
+            return accounts.find(tx, name, self._sync_hosts)
+
+    def _remembers(self, account: Account, password: str) -> bool:
+        """Whether this password was let in before; where none is let in, every try costs the same (APP7)."""
+        return (
+            account.state == "active"
+            and not account.second_factor
+            and self.passwords.is_known(account.id, password, account.auth_epoch)
+        )
+
+    def _refused_after_verifying(self, account: Account, password: str) -> _Refusal | None:
+        stored = account.password_hash
+        if not self.passwords.verify(password, stored):
+            return _Refusal("wrong password")
+        if account.state != "active":
+            return _Refusal(f"the account is {account.state}", account.sync_id)
+        if account.second_factor:
+            return _Refusal("an application password is needed", account.sync_id, second_factor=True)
+        if stored is not None and self.passwords.is_outdated(stored):
+            self._rehash(account, password)
+        return None
+
     def _rehash(self, account: Account, password: str) -> None:
         """Bring a stored hash to today's parameters; the same password, so nobody is logged out."""
         fresh = self.passwords.hash(password)
@@ -331,22 +350,16 @@ class Gate:
             .where(t.account.c.id == account.id, t.account.c.password_hash == account.password_hash)
             .values(password_hash=fresh)
         )
-        self._database.submit(lambda tx: tx.execute(update))
+        self._notes.later(lambda tx: tx.execute(update))
 
-    def _tell_owner(self, account: Account, peer: Peer, service: Service) -> None:
-        """Leave a notice: the right password was refused because of 2FA (APP7: the owner is told why)."""
-        now = time.monotonic()
-        with self._lock:
-            if now - self._told.get(account.id, -_TELL_EVERY_S) < _TELL_EVERY_S:
-                return
-            self._told[account.id] = now
-        actor = accounts.Actor(account.sync_id, peer.address)
-        detail: dict[str, object] = {"service": str(service), "client": peer.user_agent[:200]}
-
-        def note(tx: Write) -> None:
-            accounts.audit(tx, actor, "password.refused-second-factor", account.sync_id, detail)
-
-        self._database.submit(note)
+    def _note_refusal(
+        self, refusal: _Refusal, credentials: Credentials, peer: Peer, service: Service
+    ) -> None:
+        """Tell the operator's log, and the owner where somebody holds one of its right secrets (APP7)."""
+        fields = {"login": credentials.name[:100], "address": peer.address, "service": str(service)}
+        log.warning("log-in refused", extra={**fields, "reason": refusal.reason})
+        if refusal.owner is not None:
+            self._notes.refusal(refusal.owner, refusal.reason, peer, service)
 
     # -- may they -----------------------------------------------------------------------------------
 
@@ -363,41 +376,37 @@ class Gate:
         Raises:
             Forbidden: the application password's scopes, or the drive's offer, do not include this.
             NotFound: no such target, or not one of this identity's; nobody can tell which.
-            MethodNotAllowed: an unknown verb.
+            NotImplementedHere: an unknown verb.
 
         Cost: no read for a home, one indexed join for a drive.
         """
         if verb not in VERBS:
-            raise MethodNotAllowed(f"{verb[:20]} is not a method of this server.")
+            raise NotImplementedHere(f"{verb[:20]} is not a method of this server.")
         if isinstance(target, HomeTarget):
             return self._home(identity, target)
         return self._drive(tx, identity, target)
 
     def _home(self, identity: Identity, target: HomeTarget) -> HomeGrant:
-        allowed = (
-            {Service.CALDAV, Service.CARDDAV}
-            if target.service is Service.SYNC
-            else {target.service} & {Service.CALDAV, Service.CARDDAV}
-        )
-        if not allowed & identity.scopes:
-            raise Forbidden(f"This application password does not open {target.service}.")
         if target.owner.upper() != identity.sync_id:
-            raise NotFound("There is nothing here.")
+            raise NotFound(_NOTHING_HERE)
+        wanted = _HOME_SCOPES.get(target.service, frozenset())
+        if not wanted & identity.scopes:
+            raise Forbidden(_wrong_scope(identity, " or ".join(sorted(wanted)) or "this"))
         return HomeGrant(identity.account_id, identity.sync_id)
 
     def _drive(self, tx: Read, identity: Identity, target: DriveTarget) -> DriveGrant:
         if Service.DRIVE not in identity.scopes:
-            raise Forbidden("This application password does not open drives.")
+            raise Forbidden(_wrong_scope(identity, "drive"))
         row = tx.one(_DRIVE, {"account_id": identity.account_id, "drive_id": target.drive_id})
         if row is None:
-            raise NotFound("There is nothing here.")
-        collection_id, name, offer_name, root, trash, common, largest, chunked, quota, used = row
+            raise NotFound(_NOTHING_HERE)
+        collection_id, name, offer_name, root, trash, common, largest, chunked, quota, used, others = row
         offer = self._offers.find(offer_name)
         if offer is None or not offer.webdav:
-            shown = offer.id if offer else offer_name
+            better = ", ".join(each.id for each in self._offers.list() if each.webdav)
             raise Forbidden(
-                f"The offer {shown} of this drive does not include WebDAV. Choose one that does, such as"
-                " ksuite-business or kdrive-solo."
+                f"The offer {offer_name} of this drive does not include WebDAV."
+                f" Its organization can change to one that does: {better}."
             )
         limits = self._settings.drive
         return DriveGrant(
@@ -413,6 +422,99 @@ class Gate:
             max_chunked_bytes=min(
                 limits.max_chunked_bytes if chunked is None else chunked, limits.chunked_ceiling_bytes
             ),
-            quota_bytes=offer.storage_bytes if quota is None else quota,
+            quota_bytes=_quota(offer, quota, int(others)),
             used_bytes=used,
         )
+
+
+_HOME_SCOPES = {
+    Service.CALDAV: frozenset({"caldav"}),
+    Service.CARDDAV: frozenset({"carddav"}),
+    Service.SYNC: frozenset({"caldav", "carddav"}),
+}
+
+
+def _wrong_scope(identity: Identity, wanted: str) -> str:
+    return (
+        f"This application password is for {', '.join(sorted(identity.scopes)) or 'nothing'}."
+        f" Make one for {wanted}."
+    )
+
+
+def _quota(offer: Offer, own: int | None, others_used: int) -> int | None:
+    """What this drive may hold: its own limit, and what the offer's storage leaves beside its sisters."""
+    if offer.storage_bytes is None:
+        return own
+    left = max(0, offer.storage_bytes - others_used)
+    return left if own is None else min(own, left)
+
+
+class _Notes:
+    """Writes nobody waits for: when a secret was used, and why a right one was refused."""
+
+    def __init__(self, database: Database, every_s: float) -> None:
+        self._database = database
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._uses: dict[int, _Use] = {}  # not written yet
+        self._writing = False
+        self._noted: OrderedDict[tuple[str, object], float] = OrderedDict()  # what -> monotonic time
+
+    def use(self, last_used_at: int | None, use: _Use) -> None:
+        """Keep a use, at most one per secret and `every_s`; all that wait are written in one transaction."""
+        if last_used_at is not None and use.at - last_used_at < self._every_s:
+            return
+        if not self._is_due("use", use.number, self._every_s):
+            return
+        with self._lock:
+            self._uses[use.number] = use
+            if self._writing:
+                return
+            self._writing = True
+        self.later(self._write_uses)
+
+    def _write_uses(self, tx: Write) -> None:
+        with self._lock:
+            uses = tuple(self._uses.values())
+            self._uses.clear()
+            self._writing = False
+        for use in uses:
+            values = {"at": use.at, "service": use.service, "address": use.address, "client": use.client}
+            tx.fast(_USED, {"id_": use.number, **values})
+
+    def refusal(self, sync_id: str, reason: str, peer: Peer, service: Service) -> None:
+        """Leave a row in the audit, at most one per account and reason and hour."""
+        if not self._is_due(reason, sync_id, _TELL_EVERY_S):
+            return
+        actor = accounts.Actor(sync_id, peer.address)
+        detail: dict[str, object] = {
+            "reason": reason,
+            "service": str(service),
+            "client": peer.user_agent[:200],
+        }
+        self.later(lambda tx: accounts.audit(tx, actor, "log-in.refused", sync_id, detail))
+
+    def _is_due(self, what: str, whose: object, every_s: float) -> bool:
+        key, now = (what, whose), time.monotonic()
+        with self._lock:
+            if now - self._noted.get(key, -every_s) < every_s:
+                return False
+            self._noted[key] = now
+            self._noted.move_to_end(key)
+            while len(self._noted) > _REMEMBERED:
+                self._noted.popitem(last=False)
+        return True
+
+    def later(self, fn: Callable[[Write], object]) -> None:
+        """Queue a write; what becomes of it is the log's business alone."""
+        try:
+            self._database.submit(fn).add_done_callback(self._done)
+        except Unavailable:  # the process is stopping
+            self._done(None)
+
+    def _done(self, future: Future[object] | None) -> None:
+        problem = future.exception() if future is not None and not future.cancelled() else None
+        if future is None or problem is not None:
+            log.warning("a note was not written", extra={"reason": str(problem or "stopping")})
+            with self._lock:
+                self._writing = False
