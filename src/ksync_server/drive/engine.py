@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import functools
 import io
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +42,15 @@ from ksync_server.wire import xml
 
 METHODS = frozenset({"MKCOL", "LOCK", "UNLOCK", "PROPPATCH", "COPY", "MOVE", "DELETE"})
 
+_ALLOW = b"OPTIONS, GET, HEAD, PUT, PROPFIND, PROPPATCH, COPY, MOVE, DELETE, LOCK, UNLOCK"  # of what exists
 _ATTEMPTS = 8
 _PROTECTED = "{DAV:}cannot-modify-protected-property"
 _MS = "{urn:schemas-microsoft-com:}"
 _OC = "{http://owncloud.org/ns}"
 # Properties that set the modification time; they are live, so no value is stored.
 _TIMES = frozenset({"{DAV:}getlastmodified", "{DAV:}lastmodified", f"{_MS}Win32LastModifiedTime"})
-# RFC 4918 §15: these two SHOULD NOT be protected; every other DAV: name is ours or the standard's.
-_DEAD_DAV = frozenset({"{DAV:}displayname", "{DAV:}getcontentlanguage"})
+# Every other DAV: name is ours or the standard's; displayname is the name that people see (RFC 4918 §15).
+_DEAD_DAV = frozenset({"{DAV:}getcontentlanguage"})
 _PROTECTED_OC = frozenset(f"{_OC}{name}" for name in ("checksums", "fileid", "id", "permissions", "size"))
 _LAST_S = 253402300799  # the last second of the year 9999, and so of every date format
 
@@ -107,8 +107,7 @@ class _Call:
     @property
     def mtime_ms(self) -> int | None:
         """The modification time that the client wants for what it makes."""
-        asked = grammar.parse_oc_mtime(self.request.headers.get("x-oc-mtime"))
-        return None if asked is None else round(asked * 1000)
+        return _milliseconds(grammar.parse_oc_mtime(self.request.headers.get("x-oc-mtime")))
 
     def check(self, tx: Read, place: tree.Place) -> None:
         """The conditions of the request.
@@ -458,10 +457,13 @@ def _drop_property(work: _Work, path: Path, name: str) -> None:
 
 
 def _time_ms(text: str) -> int | None:
-    """A time as clients write it, in milliseconds: Unix seconds (rclone) or an HTTP date (Windows)."""
+    """A time as clients write it: Unix seconds (rclone) or an HTTP date (Windows)."""
     seconds = grammar.parse_oc_mtime(text)
-    if seconds is None:
-        seconds = grammar.parse_http_date(text)
+    return _milliseconds(grammar.parse_http_date(text) if seconds is None else seconds)
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    """Unix seconds as they are stored; None for a time that no date format can say."""
     return round(seconds * 1000) if seconds is not None and 0 <= seconds <= _LAST_S else None
 
 
@@ -648,9 +650,6 @@ class _Nowhere(DAVProvider):  # type: ignore[misc]
 
 
 def _application() -> WsgiDAVApp:
-    log = logging.getLogger("wsgidav")
-    log.propagate = False  # it writes paths and tokens; errors come out as exceptions
-    log.addHandler(logging.NullHandler())
     return WsgiDAVApp(
         {
             "provider_mapping": {"/": _Nowhere()},
@@ -689,8 +688,9 @@ def _client_error(error: DAVError) -> Exception:
     if kind is None:
         return RuntimeError(f"WsgiDAV: {error.value} {error.context_info}")
     text = str(error.context_info or "")
+    allow = [(b"allow", _ALLOW)] if error.value == 405 else []
     condition = error.err_condition.condition_code if error.err_condition else None
-    return kind("" if text.startswith("/") else text, precondition=condition)
+    return kind("" if text.startswith("/") else text, precondition=condition, headers=allow)
 
 
 class Engine:
