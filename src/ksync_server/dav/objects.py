@@ -218,6 +218,12 @@ def calendar_limits(limits: configuration.Dav) -> ical.CalendarLimits:
     )
 
 
+_ENDLESS = 1 << 40
+STORED = ical.CalendarLimits(*[_ENDLESS] * 4, 64, *[_ENDLESS] * 4)
+"""Limits for reading what is stored: it passed those of its day, which may have been wider."""
+STORED_CARD = vcard.CardLimits(_ENDLESS, _ENDLESS, _ENDLESS)
+
+
 def budget(limits: configuration.Dav) -> recurrence.Budget:
     """What following one object's recurrence may cost in one request."""
     return recurrence.Budget(limits.recurrence_steps, limits.max_instances)
