@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import calendar
 import re
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal
 from urllib.parse import quote, unquote_to_bytes
@@ -19,7 +19,7 @@ Depth = int
 
 _PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_SAFE = "!$&'()*+,;=:@~"  # pchar of RFC 3986 beyond the unreserved ones
+_SAFE = "!$'()*,=:@~"  # pchar of RFC 3986 beyond the unreserved ones, without "&", "+" and ";"
 _PLAIN = re.compile(r"[A-Za-z0-9._~!$'()*,=:@-]+")
 
 
@@ -29,17 +29,22 @@ _PLAIN = re.compile(r"[A-Za-z0-9._~!$'()*,=:@-]+")
 def split_path(raw: bytes) -> tuple[tuple[str, ...], bool]:
     """A raw request path as decoded segments, and whether it ended in a slash.
 
-    Split before decoding, so "%2F" stays inside its segment. A fragment is taken off, empty segments
-    collapse.
+    Split before decoding, so "%2F" stays inside its segment. Empty segments collapse.
+
+    Args:
+        raw: percent-encoded bytes from the first slash on; a query, if any, is left out.
 
     Raises:
-        BadRequest: a bad percent escape, no UTF-8, a control character, or a dot segment (also encoded).
+        BadRequest: a fragment (cutting it off would address, and perhaps delete, another resource), a bad
+            percent escape, no UTF-8, a control character, or a dot segment (also encoded).
 
-    Spec: RFC 3986 §3.3. Cost: linear.
+    Spec: RFC 3986 §3.3, RFC 9112 §3.2. Cost: linear.
     """
-    path = raw.partition(b"#")[0].partition(b"?")[0]
+    path = raw.partition(b"?")[0]
     if not path.startswith(b"/"):
         raise BadRequest("The path does not start with a slash.")
+    if b"#" in raw:
+        raise BadRequest('A path has no fragment; "#" inside a name is written %23.')
     if _PERCENT.search(path):
         raise BadRequest("The path holds a bad percent escape.")
     try:
@@ -54,12 +59,19 @@ def split_path(raw: bytes) -> tuple[tuple[str, ...], bool]:
 
 @lru_cache(maxsize=4096)
 def _quoted(name: str) -> str:
-    return quote(name, safe=_SAFE.replace("&", "").replace("+", "").replace(";", ""))
+    return quote(name, safe=_SAFE)
 
 
 def quote_segment(name: str) -> str:
-    """One path segment, percent-encoded; "/" inside becomes %2F. "&", "+" and ";" are escaped too, on which
-    clients trip though the standard allows them bare."""
+    """One path segment, percent-encoded; "/" inside becomes %2F.
+
+    "&", "+" and ";" are escaped too, on which clients trip though the standard allows them bare.
+
+    Args:
+        name: a decoded name without lone surrogates.
+
+    Spec: RFC 3986 §3.3. Cost: one regular expression for a plain name; the last 4,096 others are remembered.
+    """
     if _PLAIN.fullmatch(name):
         return name
     return _quoted(name)
@@ -71,26 +83,50 @@ def join_path(segments: tuple[str, ...], trailing_slash: bool) -> str:
     return path + "/" if trailing_slash and segments else path
 
 
+_URI = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]+)(/[^?#]*)?([?#].*)?", re.DOTALL)
+_ABSOLUTE_PATH = re.compile(rb"(/(?!/)[^?#]*)([?#].*)?", re.DOTALL)
+
+
 def parse_destination(value: str) -> tuple[str | None, str | None, bytes]:
-    """A Destination header as scheme, authority and raw path; split before anything is decoded.
+    """A Destination header, or any href, as scheme, authority and raw path; split before anything is decoded.
+
+    Args:
+        value: an http(s) URI or an absolute path (webdavclient3); header text is Latin-1 decoded bytes, text
+            out of XML may hold any character.
+
+    Returns:
+        Scheme in lower case and authority as written (both None for a path), and the percent-encoded path.
 
     Raises:
-        BadRequest: neither an http(s) URI nor an absolute path.
+        BadRequest: neither of both, or one with a query or a fragment: a name whose "?" or "#" was not
+            escaped would otherwise end, and overwrite, elsewhere.
 
-    Spec: RFC 4918 §10.3.
+    Spec: RFC 4918 §10.3, §8.3. Cost: linear.
     """
-    text = value.strip()
-    raw = text.encode("latin-1", "replace")
-    if text.startswith("/") and not text.startswith("//"):
-        return None, None, _only_path(raw)
-    match = re.fullmatch(rb"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(/[^?#]*)?([?#].*)?", raw)
-    if match is None or match[1].lower() not in (b"http", b"https"):
-        raise BadRequest("The Destination is not an absolute URI.")
-    return match[1].decode().lower(), match[2].decode("latin-1"), match[3] or b"/"
+    raw = _raw(value.strip())
+    path = _ABSOLUTE_PATH.fullmatch(raw)
+    if path is not None:
+        scheme = authority = None
+        target, rest = path[1], path[2]
+    else:
+        uri = _URI.fullmatch(raw)
+        if uri is None or uri[1].lower() not in (b"http", b"https"):
+            raise BadRequest("The Destination is neither an http URI nor an absolute path.")
+        scheme, authority = uri[1].decode().lower(), uri[2].decode("latin-1")
+        target, rest = uri[3] or b"/", uri[4]
+    if rest is not None:
+        raise BadRequest('A Destination has no query or fragment; "?" and "#" in a name are %3F and %23.')
+    return scheme, authority, target
 
 
-def _only_path(raw: bytes) -> bytes:
-    return re.split(rb"[?#]", raw, maxsplit=1)[0]
+def _raw(text: str) -> bytes:
+    """The bytes that were meant: those of the header if they are UTF-8, else the characters as UTF-8."""
+    try:
+        raw = text.encode("latin-1")
+        raw.decode("utf-8")
+    except UnicodeError:
+        return text.encode("utf-8", "replace")
+    return raw
 
 
 # -- authentication -------------------------------------------------------------------------------
@@ -133,7 +169,8 @@ class ETag:
     weak: bool = False
 
 
-_ETAG = re.compile(r'\s*(?:(W/)?"([^"]*)"|([^,"\s][^,"]*))\s*(?:,|$)')
+_ETAG = re.compile(r'(?:(W/)?"([^"]*+)"[ \t]*+|([^,"]++))(?:,|\Z)')
+_BETWEEN = re.compile(r"[,\s]*+")  # a list may have empty elements (RFC 9110 §5.6.1)
 
 
 def quote_etag(bare: str) -> str:
@@ -147,14 +184,14 @@ def parse_etags(value: str) -> Literal["*"] | tuple[ETag, ...]:
     Raises:
         BadRequest: not a list.
 
-    Spec: RFC 9110 §13.1.1. Cost: linear.
+    Spec: RFC 9110 §13.1.1, §13.1.2. Cost: linear.
     """
     text = value.strip()
     if text == "*":
         return "*"
     found: list[ETag] = []
     at = 0
-    while at < len(text):
+    while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # always matches
         match = _ETAG.match(text, at)
         if match is None:
             raise BadRequest("An entity tag is malformed.")
@@ -184,9 +221,56 @@ class IfList:
 
 
 _IF_TOKEN = re.compile(
-    r'\s*(?:(\()|(\))|(Not)(?=[\s<\[])|<([^<>\s]*)>|\[\s*(W/)?"([^"]*)"\s*\])', re.IGNORECASE
+    r"\s*+(?:(?P<open>\()|(?P<close>\))|(?P<not>Not)(?=[\s<\[])|<(?P<uri>[^<>\s]++)>"
+    r'|\[\s*+(?P<weak>W/)?"(?P<tag>[^"]*+)"\s*+\])',
+    re.IGNORECASE,
 )
 _MAX_IF = 200  # conditions in one header: a client holds a handful of locks
+
+
+class _IfParser:
+    """The lists read so far, and the one that is open."""
+
+    def __init__(self) -> None:
+        self.lists: list[IfList] = []
+        self._resource: str | None = None
+        self._dangling = False  # a tag without its list
+        self._inside: list[IfCondition] | None = None
+        self._negate = False
+        self._count = 0
+
+    def take(self, match: re.Match[str]) -> bool:
+        """One token; False where the grammar has no place for it."""
+        kind = match.lastgroup
+        if self._inside is None:
+            return self._outside(kind, match)
+        if kind in ("uri", "tag"):
+            etag = ETag(match["tag"], bool(match["weak"])) if kind == "tag" else None
+            self._inside.append(IfCondition(self._negate, match["uri"], etag))
+            self._negate = False
+            self._count += 1
+            return self._count <= _MAX_IF
+        if self._negate or kind == "open" or (kind == "close" and not self._inside):
+            return False
+        if kind == "not":
+            self._negate = True
+        else:
+            self.lists.append(IfList(self._resource, tuple(self._inside)))
+            self._inside, self._dangling = None, False
+        return True
+
+    def _outside(self, kind: str | None, match: re.Match[str]) -> bool:
+        if kind == "open":
+            self._inside = []
+            return True
+        if kind != "uri" or self._dangling:
+            return False
+        self._resource, self._dangling = match["uri"], True
+        return True
+
+    @property
+    def complete(self) -> bool:
+        return self._inside is None and not self._dangling and bool(self.lists)
 
 
 def parse_if(value: str) -> tuple[IfList, ...]:
@@ -197,43 +281,17 @@ def parse_if(value: str) -> tuple[IfList, ...]:
 
     Spec: RFC 4918 §10.4. Cost: linear.
     """
-    lists: list[IfList] = []
-    resource: str | None = None
-    inside: list[IfCondition] | None = None
-    negate = False
-    count = 0
-    at, text = 0, value.rstrip()
+    text = value.rstrip()
+    parser = _IfParser()
+    at = 0
     while at < len(text):
         match = _IF_TOKEN.match(text, at)
-        if match is None:
-            raise BadRequest("The If header is malformed.")
+        if match is None or not parser.take(match):
+            raise BadRequest("The If header is malformed, or has too many conditions.")
         at = match.end()
-        opened, closed, negation, uri, weak, tag = match.groups()
-        if inside is None:
-            if opened:
-                inside = []
-            elif uri is not None and not negation:
-                resource = uri
-            else:
-                raise BadRequest("The If header is malformed.")
-        elif closed:
-            if not inside or negate:
-                raise BadRequest("The If header holds an empty list.")
-            lists.append(IfList(resource, tuple(inside)))
-            inside = None
-        elif negation and not negate:
-            negate = True
-        elif uri is not None or tag is not None:
-            inside.append(IfCondition(negate, uri, None if tag is None else ETag(tag, bool(weak))))
-            negate = False
-            count += 1
-        else:
-            raise BadRequest("The If header is malformed.")
-        if count > _MAX_IF:
-            raise BadRequest("The If header is too long.")
-    if inside is not None or not lists:
+    if not parser.complete:
         raise BadRequest("The If header is malformed.")
-    return tuple(lists)
+    return tuple(parser.lists)
 
 
 # -- DAV ------------------------------------------------------------------------------------------
@@ -295,13 +353,24 @@ def parse_lock_token(value: str) -> str:
 _MAX_RANGES = 16
 
 
+_RANGE = re.compile(r"[ \t]*+([0-9]{0,30})-([0-9]{0,30})[ \t]*+")
+
+
 def parse_range(value: str, size: int) -> tuple[tuple[int, int], ...] | None:
-    """Byte ranges as half-open (start, end), in the order asked; None where the header is to be ignored.
+    """Byte ranges of a Range header.
+
+    Args:
+        value: the header.
+        size: of the representation in bytes.
+
+    Returns:
+        Half-open (start, end) in the order asked, overlapping ones joined and then by place; None where the
+        header is to be ignored: another unit, malformed, or a suffix of nothing.
 
     Raises:
-        RangeNotSatisfiable: no range lies inside, or too many or overlapping ones are asked.
+        RangeNotSatisfiable: no range lies inside, or more than 16 are asked.
 
-    Spec: RFC 9110 §14.1.2, §14.2, §17.15.
+    Spec: RFC 9110 §14.1.2, §14.2, §15.5.17. Cost: linear.
     """
     unit, equals, text = value.partition("=")
     if unit.strip().lower() != "bytes" or not equals:
@@ -309,28 +378,34 @@ def parse_range(value: str, size: int) -> tuple[tuple[int, int], ...] | None:
     parts = text.split(",")
     found: list[tuple[int, int]] = []
     for part in parts:
-        match = re.fullmatch(r"\s*([0-9]{0,18})-([0-9]{0,18})\s*", part)
+        match = _RANGE.fullmatch(part)
         if match is None or not (match[1] or match[2]):
             return None
         if not match[1]:
-            length = int(match[2])
-            if length:
-                found.append((max(size - length, 0), size))
+            if int(match[2]):
+                found.append((max(size - int(match[2]), 0), size))
             continue
         start, end = int(match[1]), int(match[2]) + 1 if match[2] else size
-        if end <= start and match[2]:
+        if match[2] and end <= start:
             return None
         if start < size:
             found.append((start, min(end, size)))
-    unsatisfiable = RangeNotSatisfiable(
-        "No such range.", headers=[(b"content-range", f"bytes */{size}".encode())]
-    )
-    if not found or len(found) > _MAX_RANGES or any(end <= start for start, end in found):
-        raise unsatisfiable
-    ordered = sorted(found)
-    if any(ordered[at][1] > ordered[at + 1][0] for at in range(len(ordered) - 1)):
-        raise unsatisfiable
-    return tuple(found)
+    if not found or len(parts) > _MAX_RANGES:
+        raise RangeNotSatisfiable("No such range.", headers=[(b"content-range", f"bytes */{size}".encode())])
+    return _disjoint(found) if size else None
+
+
+def _disjoint(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    ordered = sorted(ranges)
+    if all(ordered[at][1] <= ordered[at + 1][0] for at in range(len(ordered) - 1)):
+        return tuple(ranges)
+    joined = [ordered[0]]
+    for start, end in ordered[1:]:
+        if start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return tuple(joined)
 
 
 def parse_content_length(value: str) -> int:
@@ -348,33 +423,73 @@ _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
+_EARLIEST, _LATEST = -62135596800, 253402300799  # years 1 to 9999: what both written forms can say
+
+
 @lru_cache(maxsize=4096)
 def http_date(at: int) -> str:
-    """Unix seconds as an IMF-fixdate (RFC 9110 §5.6.7)."""
-    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(at)
+    """Unix seconds as an IMF-fixdate; times outside of the years 1 to 9999 as the nearest inside.
+
+    Spec: RFC 9110 §5.6.7.
+    """
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(min(max(at, _EARLIEST), _LATEST))
     return f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year:04} {hour:02}:{minute:02}:{second:02} GMT"
 
 
+@lru_cache(maxsize=4096)
 def iso_date(at: int) -> str:
-    """Unix seconds as RFC 3339, for creationdate."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    """Unix seconds as RFC 3339, for creationdate; bounded like `http_date` (RFC 4918 §15.1)."""
+    year, month, day, hour, minute, second, *_ = time.gmtime(min(max(at, _EARLIEST), _LATEST))
+    return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z"
+
+
+_TIME = r"(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
+_DATES = (
+    re.compile(
+        r"[A-Za-z]{3}, (?P<day>[0-9]{1,2}) (?P<month>[A-Za-z]{3}) (?P<year>[0-9]{4}) " + _TIME + " GMT"
+    ),
+    re.compile(
+        r"[A-Za-z]{6,9}, (?P<day>[0-9]{2})-(?P<month>[A-Za-z]{3})-(?P<year>[0-9]{2}) " + _TIME + " GMT"
+    ),
+    re.compile(r"[A-Za-z]{3} (?P<month>[A-Za-z]{3}) (?P<day>[ 0-9][0-9]) " + _TIME + " (?P<year>[0-9]{4})"),
+)
 
 
 def parse_http_date(value: str) -> int | None:
-    """Unix seconds of any of the three date forms, None for anything else (RFC 9110 §5.6.7)."""
-    for form in ("%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"):
-        try:
-            return calendar.timegm(time.strptime(value.strip(), form))
-        except ValueError:
-            continue
-    return None
+    """Unix seconds of any of the three date forms, None for anything else.
+
+    A year of two digits is one of 1970 to 2069; a leap second is the second before it.
+
+    Spec: RFC 9110 §5.6.7. Cost: three short regular expressions at most.
+    """
+    text = value.strip()
+    match = next((found for form in _DATES if (found := form.fullmatch(text))), None)
+    if match is None or match["month"].title() not in _MONTHS:
+        return None
+    year, second = int(match["year"]), int(match["second"])
+    if len(match["year"]) == 2:
+        year += 2000 if year < 70 else 1900
+    try:
+        moment = datetime(
+            year,
+            _MONTHS.index(match["month"].title()) + 1,
+            int(match["day"]),
+            int(match["hour"]),
+            int(match["minute"]),
+            59 if second == 60 else second,
+            tzinfo=UTC,
+        )
+    except ValueError:
+        return None
+    return int(moment.timestamp())
 
 
 def parse_oc_mtime(value: str | None) -> float | None:
-    """X-OC-Mtime in Unix seconds, fractions kept; None where absent or not a sane time."""
-    if value is None or re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]{1,9})?", value.strip()) is None:
+    """X-OC-Mtime in Unix seconds, fractions kept; None where absent, no number, or past the year 9999."""
+    if value is None or re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]{1,9})?", value.strip(), re.ASCII) is None:
         return None
-    return float(value)
+    seconds = float(value)
+    return seconds if _EARLIEST <= seconds <= _LATEST else None
 
 
 # -- negotiation ----------------------------------------------------------------------------------
@@ -390,31 +505,41 @@ class Prefer:
 
 
 def parse_prefer(prefer: str | None, brief: str | None = None) -> Prefer:
-    """Prefer (joined) and Microsoft's Brief header; unknown preferences are ignored."""
-    wanted = {part.partition(";")[0].strip().lower().replace(" ", "") for part in (prefer or "").split(",")}
-    wanted = {part.replace('"', "") for part in wanted}
+    """Prefer (joined) and Microsoft's Brief header; unknown preferences are ignored, the first of two counts.
+
+    Spec: RFC 7240 §2, RFC 8144 §2.
+    """
+    wanted: dict[str, str] = {}
+    for part in (prefer or "").split(","):
+        name, _, value = part.partition(";")[0].partition("=")
+        wanted.setdefault(name.strip().lower(), value.strip().strip('"').lower())
     return Prefer(
-        minimal="return=minimal" in wanted or (brief or "").strip().lower() == "t",
-        representation="return=representation" in wanted,
+        minimal=wanted.get("return") == "minimal" or (brief or "").strip().lower() == "t",
+        representation=wanted.get("return") == "representation",
         depth_noroot="depth-noroot" in wanted,
     )
 
 
+_REFUSED = re.compile(r"[ \t]*+q[ \t]*+=[ \t]*+0(?:\.0*+)?[ \t]*+")
+
+
 def accepts_gzip(value: str | None) -> bool:
-    """Whether gzip is acceptable (RFC 9110 §12.5.3)."""
-    for part in (value or "").split(","):
-        coding, _, weight = part.strip().lower().partition(";")
-        if coding.strip() in ("gzip", "*"):
-            return re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", weight) is None
-    return False
+    """Whether gzip is acceptable: named, or by "*" where it is not (RFC 9110 §12.5.3)."""
+    weights: dict[str, str] = {}
+    for part in (value or "").lower().split(","):
+        coding, _, weight = part.partition(";")
+        weights[coding.strip()] = weight
+    weight = weights.get("gzip", weights.get("x-gzip", weights.get("*", "q=0")))
+    return _REFUSED.fullmatch(weight) is None
+
+
+_PARAMETER = re.compile(r';\s*+([^\s;="]++)\s*+=\s*+(?:"((?:[^"\\]|\\.)*+)"|([^;"]*+))', re.DOTALL)
 
 
 def parse_content_type(value: str | None) -> tuple[str, dict[str, str]]:
-    """Media type in lower case and its parameters; "" where absent (RFC 9110 §8.3)."""
-    kind, *rest = (value or "").split(";")
-    parameters = {}
-    for part in rest:
-        name, equals, text = part.partition("=")
-        if equals:
-            parameters[name.strip().lower()] = text.strip().strip('"')
+    """Media type in lower case and its parameters, names in lower case; "" where absent (RFC 9110 §8.3.1)."""
+    kind, semicolon, rest = (value or "").partition(";")
+    parameters: dict[str, str] = {}
+    for name, quoted, token in _PARAMETER.findall(semicolon + rest):
+        parameters.setdefault(name.lower(), re.sub(r"\\(.)", r"\1", quoted) or token.strip())
     return kind.strip().lower(), parameters

@@ -29,6 +29,7 @@ PREFIXES = {
 NAMESPACES = "".join(f' xmlns:{prefix}="{uri}"' for uri, prefix in PREFIXES.items())
 DECLARATION = '<?xml version="1.0" encoding="utf-8"?>\n'
 _XML = "http://www.w3.org/XML/1998/namespace"
+_ENCODINGS = frozenset(("utf-8", "utf-16", "iso-8859-1", "us-ascii"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ class XmlLimits:
 
     max_bytes: int = 1024 * 1024
     max_depth: int = 64  # elements inside each other: filters need 8
-    max_elements: int = 50_000  # a multiget of 10,000 hrefs
+    max_elements: int = 50_000  # with their attributes; a multiget of 10,000 hrefs
+    max_name: int = 1_000  # characters of a name with its namespace: expat hands out both for every element
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +92,37 @@ class _Builder:
         self._limits = limits
         self._open: list[tuple[str, tuple[tuple[str, str], ...], list[Element | str], str | None]] = []
         self._count = 0
+        self._names: dict[str, str] = {}  # each Clark name once, however often it occurs
         self.root: Element | None = None
 
+    def declaration(self, version: str, encoding: str | None, standalone: int) -> None:
+        if encoding is not None and encoding.lower() not in _ENCODINGS:
+            raise BadRequest("The XML body is in an encoding that is not accepted; send UTF-8.")
+
+    def namespace(self, prefix: str | None, uri: str | None) -> None:
+        # Before the elements in it: a long one would be copied for each of them.
+        if uri is not None and len(uri) > self._limits.max_name:
+            raise BadRequest("The XML body has a namespace that is too long.")
+
     def start(self, name: str, attributes: dict[str, str]) -> None:
-        self._count += 1
+        self._count += 1 + len(attributes)
         if self._count > self._limits.max_elements or len(self._open) >= self._limits.max_depth:
             raise BadRequest("The XML body has too many elements or is nested too deep.")
-        clean = tuple((_clark(key), value) for key, value in attributes.items())
         inherited = self._open[-1][3] if self._open else None
-        lang = attributes.get(f"{_XML} lang", inherited)
-        self._open.append((_clark(name), clean, [], lang))
+        if not attributes:
+            self._open.append((self._clark(name), (), [], inherited))
+            return
+        clean = tuple((self._clark(key), value) for key, value in attributes.items())
+        self._open.append((self._clark(name), clean, [], attributes.get(f"{_XML} lang", inherited)))
+
+    def _clark(self, name: str) -> str:
+        known = self._names.get(name)
+        if known is None:
+            if len(name) > self._limits.max_name:
+                raise BadRequest("The XML body has a name that is too long.")
+            uri, space, local = name.rpartition(" ")
+            known = self._names[name] = f"{{{uri}}}{local}" if space else name
+        return known
 
     def text(self, data: str) -> None:
         content = self._open[-1][2]
@@ -120,17 +143,17 @@ class _Builder:
         raise BadRequest("A DOCTYPE is not accepted.")
 
 
-def _clark(name: str) -> str:
-    uri, space, local = name.rpartition(" ")
-    return f"{{{uri}}}{local}" if space else name
-
-
 def parse(body: bytes, limits: XmlLimits = XmlLimits()) -> Element:
     """One XML document.
 
+    Args:
+        body: UTF-8, UTF-16 with its mark, or the encoding that the document declares: US-ASCII, ISO-8859-1.
+        limits: checked while parsing.
+
     Raises:
         BodyTooLarge: over `max_bytes`.
-        BadRequest: not well-formed, not namespace well-formed, a DOCTYPE, or over another limit.
+        BadRequest: not well-formed, not namespace well-formed, another encoding, a DOCTYPE, or over another
+            limit.
 
     Spec: RFC 4918 §8.2, §17, §20.6. Cost: linear, no network, no entities.
     """
@@ -144,6 +167,8 @@ def parse(body: bytes, limits: XmlLimits = XmlLimits()) -> Element:
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.text
     parser.StartDoctypeDeclHandler = builder.doctype
+    parser.StartNamespaceDeclHandler = builder.namespace
+    parser.XmlDeclHandler = builder.declaration
     try:
         parser.Parse(body, True)
     except (expat.ExpatError, LookupError, ValueError) as error:
@@ -152,6 +177,7 @@ def parse(body: bytes, limits: XmlLimits = XmlLimits()) -> Element:
         # Handlers hold the parser and it holds them: without this, garbage waits for the collector.
         parser.StartElementHandler = parser.EndElementHandler = None
         parser.CharacterDataHandler = parser.StartDoctypeDeclHandler = None
+        parser.StartNamespaceDeclHandler = parser.XmlDeclHandler = None
     if builder.root is None:
         raise BadRequest("The XML body is empty.")
     return builder.root
@@ -183,12 +209,15 @@ def _entity(match: re.Match[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Character data; what XML cannot carry becomes U+FFFD."""
+    """Character data; what XML cannot carry becomes U+FFFD (XML §2.2).
+
+    Cost: one scan where nothing is to be replaced.
+    """
     return _SPECIAL.sub(_entity, text) if _SPECIAL.search(text) else text
 
 
 def attribute(text: str) -> str:
-    """An attribute's value for double quotes."""
+    """An attribute's value for double quotes; white space survives the reader (XML §3.3.3)."""
     return _SPECIAL_ATTRIBUTE.sub(_entity, text) if _SPECIAL_ATTRIBUTE.search(text) else text
 
 
@@ -218,29 +247,23 @@ def tag(clark: str, inner: str) -> str:
 def serialise(element: Element) -> str:
     """A fragment that declares its own namespaces, so that it can be stored and put into any answer.
 
-    `parse` gives the same element back, xml:lang included.
+    `parse` gives the same element back, but that a language in scope is written on the outermost element.
+
+    Spec: RFC 4918 §4.3. Cost: linear.
     """
     pieces: list[str] = []
-    _write(element, pieces, None)
+    _write(element, pieces, None, None)
     return "".join(pieces)
 
 
-def _write(element: Element, pieces: list[str], lang: str | None) -> None:
+def _write(element: Element, pieces: list[str], outer: str | None, lang: str | None) -> None:
+    """`outer` is the namespace of the element around this one, None where anything may be in scope."""
     uri, _, local = element.tag[1:].rpartition("}") if element.tag.startswith("{") else ("", "", element.tag)
-    start = f'x:{local} xmlns:x="{attribute(uri)}"' if uri else f'{local} xmlns=""'
-    pieces.append(f"<{start}")
-    has_lang = False
-    for number, (key, value) in enumerate(element.attributes):
-        if key == f"{{{_XML}}}lang":
-            has_lang = True
-            pieces.append(f' xml:lang="{attribute(value)}"')
-        elif key.startswith("{"):
-            space, _, plain = key[1:].rpartition("}")
-            pieces.append(f' xmlns:a{number}="{attribute(space)}" a{number}:{plain}="{attribute(value)}"')
-        else:
-            pieces.append(f' {key}="{attribute(value)}"')
-    if element.lang is not None and element.lang != lang and not has_lang:
-        pieces.append(f' xml:lang="{attribute(element.lang)}"')
+    plain = f"x:{local}" if uri else local
+    pieces.append(f"<{plain}")
+    if uri != outer:
+        pieces.append(f' xmlns:x="{attribute(uri)}"' if uri else ' xmlns=""')
+    _write_attributes(element, pieces, lang)
     if not element.children:
         pieces.append("/>")
         return
@@ -249,5 +272,21 @@ def _write(element: Element, pieces: list[str], lang: str | None) -> None:
         if isinstance(child, str):
             pieces.append(escape(child))
         else:
-            _write(child, pieces, element.lang)
-    pieces.append(f"</x:{local}>" if uri else f"</{local}>")
+            _write(child, pieces, uri, element.lang)
+    pieces.append(f"</{plain}>")
+
+
+def _write_attributes(element: Element, pieces: list[str], lang: str | None) -> None:
+    has_lang = False
+    for number, (key, value) in enumerate(element.attributes):
+        text = attribute(value)
+        space, _, local = key[1:].rpartition("}") if key.startswith("{") else ("", "", key)
+        if space == _XML:  # no other prefix may stand for it (Namespaces in XML §3)
+            has_lang = has_lang or local == "lang"
+            pieces.append(f' xml:{local}="{text}"')
+        elif space:
+            pieces.append(f' xmlns:a{number}="{attribute(space)}" a{number}:{local}="{text}"')
+        else:
+            pieces.append(f' {key}="{text}"')
+    if element.lang is not None and element.lang != lang and not has_lang:
+        pieces.append(f' xml:lang="{attribute(element.lang)}"')
