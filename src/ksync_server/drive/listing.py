@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import html
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import cast
 
 import sqlalchemy as sa
 
@@ -66,19 +69,42 @@ class _Asked:
 
     view: tree.View
     href: Callable[[tuple[str, ...]], str]  # quoted path of a decoded one
+    etag: Callable[[int], str]  # of a change number
     find: webdav.Propfind
     infinite: bool
     minimal: bool  # properties that a resource has not are left out
     now: int
-    generation: str
     trash: bool = False  # inside the deleted items
     quota: str | None = None  # available bytes
     used: str = ""
     locks: dict[int, tuple[locks.Lock, ...]] = field(default_factory=dict)
     missing: dict[tuple[str, ...], str] = field(default_factory=dict)  # rendered once
 
-    def etag(self, seq: int) -> str:
-        return changes.etag(self.generation, self.view.grant.collection_id, seq)
+
+# -- text, 10,000 times in a listing --------------------------------------------------------------
+
+_SPACED = re.compile(r"[A-Za-z0-9._~ -]+")
+
+
+def _quoted(name: str) -> str:
+    """`quote_segment`; most names that need it need it for their spaces alone."""
+    return name.replace(" ", "%20") if _SPACED.fullmatch(name) else grammar.quote_segment(name)
+
+
+def _text(name: str) -> str:
+    """`xml.escape` for stored names, which `tree.checked_name` let pass: XML can carry all in them."""
+    return xml.escape(name) if "&" in name or "<" in name or ">" in name else name
+
+
+@lru_cache(maxsize=1024)
+def _day(day: int) -> str:
+    return grammar.http_date(day * 86400)[:17]
+
+
+def _http_date(mtime_ms: int) -> str:
+    """`http_date`, remembering days instead of seconds: a listing has more of these than a cache has room."""
+    day, second = divmod(mtime_ms // 1000, 86400)
+    return f"{_day(day)}{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02} GMT"
 
 
 # -- live properties ------------------------------------------------------------------------------
@@ -136,10 +162,10 @@ def _used(row: Row, asked: _Asked, _: object) -> str | None:
 
 _RFC4918: dict[str, Render] = {
     _D + "resourcetype": lambda row, _, __: _COLLECTION if row[_FOLDER] else "<d:resourcetype/>",
-    _D + "displayname": lambda row, _, __: f"<d:displayname>{xml.escape(row[_NAME])}</d:displayname>",
+    _D + "displayname": lambda row, _, __: f"<d:displayname>{_text(row[_NAME])}</d:displayname>",
     _D + "getcontentlength": _file_only(lambda row: f"<d:getcontentlength>{row[_SIZE]}</d:getcontentlength>"),
     _D + "getlastmodified": lambda row, _, __: (
-        f"<d:getlastmodified>{grammar.http_date(row[_MTIME] // 1000)}</d:getlastmodified>"
+        f"<d:getlastmodified>{_http_date(row[_MTIME])}</d:getlastmodified>"
     ),
     _D + "getetag": lambda row, asked, _: f'<d:getetag>"{asked.etag(row[_SEQ])}"</d:getetag>',
     _D + "getcontenttype": _file_only(
@@ -161,7 +187,7 @@ _NAMED_ONLY: dict[str, Render] = {
     _OC + "permissions": _permissions,
     _OC + "size": _file_only(lambda row: f"<oc:size>{row[_SIZE]}</oc:size>"),
     _MS + "Win32LastModifiedTime": lambda row, _, __: (
-        f"<ms:Win32LastModifiedTime>{grammar.http_date(row[_MTIME] // 1000)}</ms:Win32LastModifiedTime>"
+        f"<ms:Win32LastModifiedTime>{_http_date(row[_MTIME])}</ms:Win32LastModifiedTime>"
     ),
 }
 LIVE: dict[str, Render] = {**_RFC4918, **_NAMED_ONLY}
@@ -195,14 +221,15 @@ def _entry(
         names = [name for name, render in LIVE.items() if render(row, asked, held) is not None]
         inner = "".join([xml.empty(name) for name in (*names, *(dead or ()))])
         return f"<d:response><d:href>{href}{_OPEN_PROP}{inner}{_CLOSE_PROP}</d:response>"
-    found: list[str] = []
+    texts = [
+        render(row, asked, held) if render else dead.get(name) if dead else None for name, render in renderers
+    ]
     absent: list[str] = []
-    for name, render in renderers:
-        text = render(row, asked, held) if render else dead.get(name) if dead else None
-        if text is not None:
-            found.append(text)
-        elif asked.find.kind == "prop":
-            absent.append(name)
+    if None in texts:
+        if asked.find.kind == "prop":
+            absent = [name for (name, _), text in zip(renderers, texts, strict=True) if text is None]
+        texts = [text for text in texts if text is not None]
+    found = cast("list[str]", texts)  # None was taken out
     if dead and asked.find.kind == "allprop":
         found += [text for name, text in dead.items() if name not in LIVE and name not in asked.find.names]
     missing = ""
@@ -337,7 +364,7 @@ class _Walk:
             name = row[_NAME]
             if name in folder.hidden:
                 continue
-            href = folder.href + grammar.quote_segment(name)
+            href = folder.href + _quoted(name)
             held = folder.held
             if asked.locks:
                 held += asked.locks.get(row[_ID], ())
@@ -359,7 +386,7 @@ class _Walk:
         grant, names = asked.view.grant, asked.view.settings
         for node_id, name in folder.shown:
             asked.trash = node_id == grant.trash_id
-            href = folder.href + grammar.quote_segment(name) + "/"
+            href = folder.href + _quoted(name) + "/"
             held = folder.held + asked.locks.get(node_id, ())
             pieces.append(self._single(tx, node_id, name, href, held))
             inner = _Folder(node_id, href, tuple(lock for lock in held if lock.infinite), trash=asked.trash)
@@ -411,7 +438,8 @@ async def propfind(
         folder = place.chain[-1].folder
         if folder and infinite and settings.drive.finite_depth:
             raise Forbidden("Please list one level at a time.", precondition=_D + "propfind-finite-depth")
-        asked = _Asked(view, request.href, find, infinite, wanted.minimal, now, tx.generation)
+        etag = partial(changes.etag, tx.generation, view.grant.collection_id)
+        asked = _Asked(view, request.href, etag, find, infinite, wanted.minimal, now)
         walk = _Walk(asked)
         href = request.href(place.segments, folder=folder)
         root = not (wanted.depth_noroot and depth and folder)
@@ -492,7 +520,7 @@ async def page(
 
 def _page_row(base: str, name: str, size: int | None, mtime_ms: int | None) -> str:
     slash = "/" if size is None else ""
-    href = html.escape(base + grammar.quote_segment(name) + slash)
+    href = html.escape(base + _quoted(name) + slash)
     changed = grammar.iso_date(mtime_ms // 1000).replace("T", " ").rstrip("Z") if mtime_ms is not None else ""
     shown = "" if size is None else f"{size:,}"
     return (
