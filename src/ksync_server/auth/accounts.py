@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from ksync_server.auth.keys import Keys
-from ksync_server.auth.passwords import AppPassword, new_app_password
-from ksync_server.errors import BadRequest, Conflict, NotFound
+from ksync_server.auth.passwords import AccountPasswords, AppPassword, new_app_password
+from ksync_server.errors import BadRequest, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
-from ksync_server.store.database import Read, Write
+from ksync_server.store.database import Database, Read, Write
 from ksync_server.wire import xml
 
 SYNC_ID = re.compile(r"[A-Z]{2}[0-9]{5}")
@@ -261,8 +261,45 @@ def create_collection(tx: Write, account_id: int, kind: str, name: str, display_
     return number
 
 
-def set_password_hash(tx: Write, account: Account, password_hash: str, actor: Actor = OPERATOR) -> None:
-    """Replace the password; ends every remembered log-in."""
+def change_password(
+    database: Database,
+    passwords: AccountPasswords,
+    account: Account,
+    *,
+    current: str,
+    new: str,
+    address: str = "",
+) -> None:
+    """A person's own change of password: it takes the current one (ACC4).
+
+    Hashes outside the transaction; a change in between wins.
+
+    Raises:
+        BadRequest: the new password is too short, too long or too common.
+        Forbidden: the current password is not right.
+        Conflict: the account changed meanwhile.
+        Unavailable: too many verifications are waiting.
+    """
+    passwords.check_new(new)
+    if not passwords.verify(current, account.password_hash):
+        raise Forbidden("The current password is not right.")
+    fresh = passwords.hash(new)
+
+    def change(tx: Write) -> None:
+        if by_id(tx, account.id).auth_epoch != account.auth_epoch:
+            raise Conflict("The account was changed meanwhile. Try again.")
+        set_password_hash(tx, account, fresh, Actor(account.sync_id, address))
+
+    database.write(change)
+
+
+def set_password_hash(
+    tx: Write, account: Account, password_hash: str | None, actor: Actor = OPERATOR
+) -> None:
+    """Replace the password (None: no log-in with one); ends every remembered log-in.
+
+    Application passwords live on; revoke them where the password was lost to somebody.
+    """
     _update(tx, account.id, password_hash=password_hash)
     raise_epoch(tx, account.id)
     audit(tx, actor, "account.password", account.sync_id)

@@ -224,16 +224,16 @@ class Gate:
     # -- who is it ----------------------------------------------------------------------------------
 
     def is_quick(self, credentials: Credentials | None) -> bool:
-        """Whether `identify` will run no argon2: then the event loop may call it with SQLite.
+        """Whether `identify` will run no argon2: then the event loop may call both with SQLite.
 
-        Cost: no read for an application password; one for an account password, with SQLite only.
+        Where it is not, `queued` keeps the work away from the threads that everybody shares.
+
+        Cost: no read for an application password, one for an account password.
         """
         if credentials is None or self._is_too_long(credentials):
             return True
         if passwords.parse_app_password(credentials.secret) is not None:
             return True
-        if self._database.dialect != "sqlite":
-            return False
         account = self._find(credentials.name)
         return account is not None and self._remembers(account, credentials.secret)
 
@@ -268,6 +268,14 @@ class Gate:
             return outcome
         self._note_refusal(outcome, credentials, peer, service)
         raise (AppPasswordRequired if outcome.second_factor else NotAuthenticated)(_REFUSED)
+
+    def queued(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Future[Identity]:
+        """`identify` in the few threads that verify account passwords; the future raises what it raises.
+
+        Raises:
+            Unavailable: too many verifications are waiting.
+        """
+        return self.passwords.queue(lambda: self.identify(credentials, peer, service=service))
 
     def _is_too_long(self, credentials: Credentials) -> bool:
         return len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
 
 from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, Unavailable
+
+T = TypeVar("T")
 
 # -- application passwords ------------------------------------------------------------------------
 
@@ -77,108 +82,21 @@ def parse_app_password(typed: str) -> AppPassword | None:
 _SHORTEST = 8
 # The top of every published list of stolen passwords that is 8 characters or longer.
 _COMMON = frozenset(
-    [
-        "12345678",
-        "123456789",
-        "1234567890",
-        "123123123",
-        "987654321",
-        "11111111",
-        "111111111",
-        "00000000",
-        "88888888",
-        "password",
-        "password1",
-        "password123",
-        "passw0rd",
-        "p@ssw0rd",
-        "p@ssword",
-        "qwerty123",
-        "qwertyuiop",
-        "qwerty12",
-        "1q2w3e4r",
-        "1q2w3e4r5t",
-        "1qaz2wsx",
-        "q1w2e3r4",
-        "qazwsxedc",
-        "asdfghjkl",
-        "asdf1234",
-        "zxcvbnm1",
-        "abcd1234",
-        "abc12345",
-        "a1b2c3d4",
-        "iloveyou",
-        "iloveyou1",
-        "sunshine",
-        "princess",
-        "football",
-        "baseball",
-        "superman",
-        "trustno1",
-        "welcome1",
-        "welcome123",
-        "letmein1",
-        "letmein123",
-        "changeme",
-        "changeme1",
-        "administrator",
-        "administrator1",
-        "admin123",
-        "admin1234",
-        "computer",
-        "internet",
-        "starwars",
-        "michelle",
-        "jennifer",
-        "charlie1",
-        "12341234",
-        "123321123",
-        "12344321",
-        "11223344",
-        "147258369",
-        "147852369",
-        "159753456",
-        "789456123",
-        "aa123456",
-        "aaaaaaaa",
-        "azertyui",
-        "azertyuiop",
-        "motdepasse",
-        "passwort",
-        "passwort1",
-        "hallo123",
-        "schatz123",
-        "default1",
-        "whatever",
-        "whatever1",
-        "master123",
-        "monkey123",
-        "dragon123",
-        "shadow123",
-        "secret123",
-        "qwer1234",
-        "samsung1",
-        "google123",
-        "test1234",
-        "testtest",
-    ]
+    re.findall(
+        r"\S+",
+        """
+        12345678 123456789 1234567890 123123123 987654321 11111111 111111111 00000000 88888888 password
+        password1 password123 passw0rd p@ssw0rd p@ssword qwerty123 qwertyuiop qwerty12 1q2w3e4r 1q2w3e4r5t
+        1qaz2wsx q1w2e3r4 qazwsxedc asdfghjkl asdf1234 zxcvbnm1 abcd1234 abc12345 a1b2c3d4 iloveyou
+        iloveyou1 sunshine princess football baseball superman trustno1 welcome1 welcome123 letmein1
+        letmein123 changeme changeme1 administrator administrator1 admin123 admin1234 computer internet
+        starwars michelle jennifer charlie1 12341234 123321123 12344321 11223344 147258369 147852369
+        159753456 789456123 aa123456 aaaaaaaa azertyui azertyuiop motdepasse passwort passwort1 hallo123
+        schatz123 default1 whatever whatever1 master123 monkey123 dragon123 shadow123 secret123 qwer1234
+        samsung1 google123 test1234 testtest
+        """,
+    )
 )
-
-
-def check_new_password(password: str, settings: configuration.Auth) -> None:
-    """Whether a person may choose this password: length and the common list, no composition rules.
-
-    Raises:
-        BadRequest: says what is wrong.
-
-    Spec: OWASP ASVS 5.0 §6.2.
-    """
-    if len(password) < _SHORTEST:
-        raise BadRequest(f"A password has at least {_SHORTEST} characters.")
-    if len(password.encode("utf-8")) > settings.password_bytes:
-        raise BadRequest(f"A password has at most {settings.password_bytes} bytes.")
-    if password.lower() in _COMMON or len(set(password)) < 3:
-        raise BadRequest("This password is one of the first that attackers try. Choose another.")
 
 
 class AccountPasswords:
@@ -190,16 +108,34 @@ class AccountPasswords:
             time_cost=settings.argon2_time, memory_cost=settings.argon2_memory_kib, parallelism=1
         )
         self._running = threading.BoundedSemaphore(settings.argon2_parallel)
+        self._threads = ThreadPoolExecutor(settings.argon2_parallel, thread_name_prefix="argon2")
         self._waiting = 0
         self._lock = threading.Lock()
         self._key = secrets.token_bytes(32)
         self._known: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # -> auth_epoch, monotonic expiry
         self._dummy = self._hasher.hash(secrets.token_hex(16))
 
+    def check_new(self, password: str) -> None:
+        """Whether a person may choose this password: length and the common list, no composition rules.
+
+        Raises:
+            BadRequest: says what is wrong.
+
+        Spec: OWASP ASVS 5.0 §6.2.
+        """
+        if len(password) < _SHORTEST:
+            raise BadRequest(f"A password has at least {_SHORTEST} characters.")
+        if len(password.encode("utf-8", "surrogatepass")) > self._settings.password_bytes:
+            raise BadRequest(f"A password has at most {self._settings.password_bytes} bytes.")
+        if password.lower() in _COMMON or len(set(password)) < 3:
+            raise BadRequest("This password is one of the first that attackers try. Choose another.")
+        if parse_app_password(password) is not None:
+            raise BadRequest("This is an application password. An account needs a password of its own.")
+
     def hash(self, password: str) -> str:
         """An argon2id hash in PHC form; blocks for about 20 ms of CPU and 19 MiB."""
         with self._turn():
-            return self._hasher.hash(password)
+            return self._hasher.hash(password.encode("utf-8", "surrogatepass"))
 
     def verify(self, password: str, stored: str | None) -> bool:
         """Whether a password is right; does the same work when there is nothing to compare with.
@@ -209,7 +145,8 @@ class AccountPasswords:
         """
         with self._turn():
             try:
-                return self._hasher.verify(stored or self._dummy, password) and stored is not None
+                typed = password.encode("utf-8", "surrogatepass")
+                return self._hasher.verify(stored or self._dummy, typed) and stored is not None
             except (VerifyMismatchError, InvalidHashError):
                 return False
 
@@ -244,16 +181,33 @@ class AccountPasswords:
         message = account_id.to_bytes(8) + password.encode("utf-8", "surrogatepass")
         return hmac.digest(self._key, message, "sha256")
 
+    def queue(self, work: Callable[[], T]) -> Future[T]:
+        """Run work that verifies a password in threads of its own, so that a flood of log-ins stops nobody.
+
+        Raises:
+            Unavailable: too many verifications are waiting.
+        """
+        self._enter()
+        future = self._threads.submit(work)
+        future.add_done_callback(lambda _: self._leave())
+        return future
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Bound memory and queue: each verification holds 19 MiB."""
-        with self._lock:
-            if self._waiting >= self._settings.argon2_queue:
-                raise Unavailable("Too many log-ins at once.", headers=[(b"retry-after", b"5")])
-            self._waiting += 1
+        self._enter()
         try:
             with self._running:
                 yield
         finally:
-            with self._lock:
-                self._waiting -= 1
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._waiting >= self._settings.argon2_queue:
+                raise Unavailable("Too many log-ins at once.", headers=[(b"retry-after", b"5")])
+            self._waiting += 1
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._waiting -= 1

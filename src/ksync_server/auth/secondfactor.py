@@ -216,7 +216,10 @@ def remove(
     still = bool(_active(tx, account))
     if not still:
         if _required(tx, account):
-            raise Conflict("An organization of this account requires a second factor.")
+            raise Conflict(
+                "An organization of this account requires a second factor: enrol another before you remove"
+                " the last one."
+            )
         tx.execute(sa.delete(t.recovery_code).where(t.recovery_code.c.account_id == account.id))
     _switch(tx, account, on=still)
     accounts.audit(
