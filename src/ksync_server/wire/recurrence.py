@@ -177,7 +177,7 @@ def _availability_span(
 ) -> tuple[int, int] | None:
     times = times_of(component, calendar, zone)
     start = FIRST_S if times.start is None else times.start.at(zone)
-    end = LAST_S + 1 if times.end is None else times.end.at(zone)
+    end = LAST_S if times.end is None else times.end.at(zone)
     if times.end is None and times.duration is not None and times.start is not None:
         end = times.duration.after(times.start.local, times.wall)
     return (start, end) if lo < end and hi > start else None
@@ -195,8 +195,8 @@ def _undated_span(
     if completed is not None:
         return (completed, completed) if lo <= completed <= hi else None
     if created is not None:
-        return (created, LAST_S + 1) if hi > created else None
-    return FIRST_S, LAST_S + 1
+        return (created, LAST_S) if hi > created else None
+    return FIRST_S, LAST_S
 
 
 def _instant(component: Component, name: str, calendar: Component, zone: tzinfo) -> int | None:
@@ -297,7 +297,7 @@ def _single_bounds(obj: CalendarObject, zone: tzinfo) -> tuple[int | None, int |
         starts_at, ends_at = min(span.start for span in spans), max(span.end for span in spans)
     return (
         None if starts_at <= FIRST_S else starts_at - ZONE_SLACK_S,
-        None if ends_at > LAST_S else ends_at + ZONE_SLACK_S,
+        None if ends_at >= LAST_S else ends_at + ZONE_SLACK_S,
     )
 
 

@@ -37,6 +37,7 @@ from ksync_server.wire.rrule import (
 from ksync_server.wire.timezones import zone_of
 
 ZONE_SLACK_S = 26 * 3_600  # two wall clocks never differ by more
+INSTANCE_STEPS = 8  # what reading one instance costs, in steps of a rule
 GAP_S = 3 * 3_600  # how far a clock change moves an instance
 
 
@@ -344,14 +345,11 @@ class Series:
         after = lo - max(lengths) - self.reach - ZONE_SLACK_S - DAY_S
         last = hi + self.reach + ZONE_SLACK_S
         lag = self.disorder_s
-        before = None
         waiting: list[tuple[int, int, int, Occurrence]] = []
         try:
             for local in self.locals(max(after, FIRST_S), min(last, LAST_S)):
+                self.meter.spend(INSTANCE_STEPS, local)
                 at = instant(local, self.wall)
-                if at == before:
-                    continue  # a clock change laid two wall-clock times on one instant
-                before = at
                 if (self.excluded and self.excluded.holds(local, at)) or (
                     self.replaced and self.replaced.holds(local, at)
                 ):
@@ -361,15 +359,13 @@ class Series:
                     yield found
                 elif found is not None:
                     heapq.heappush(waiting, (found.start, found.end, local, found))
-                while waiting and waiting[0][0] < at - lag:
-                    yield heapq.heappop(waiting)[3]
+                if waiting:
+                    yield from _popped(waiting, at - lag)
         except OutOfSteps as error:
             reached = instant(min(max(error.at, FIRST_S), LAST_S), self.wall) - lag - GAP_S
-            while waiting and waiting[0][0] < reached:
-                yield heapq.heappop(waiting)[3]
+            yield from _popped(waiting, reached)
             raise TooManySteps(reached) from None
-        while waiting:
-            yield heapq.heappop(waiting)[3]
+        yield from _popped(waiting, LAST_S + 1)
 
     def _shown(self, local: int, at: int | None, lo: int, hi: int) -> Occurrence | None:
         assert self.master is not None
@@ -408,13 +404,24 @@ class Series:
         return sorted(found, key=lambda occurrence: (occurrence.start, occurrence.end))
 
 
+def _popped(waiting: list[tuple[int, int, int, Occurrence]], limit: int) -> Iterator[Occurrence]:
+    """What starts before `limit`, in order; a clock change can lay two wall-clock times on one instant."""
+    while waiting and waiting[0][0] < limit:
+        found = heapq.heappop(waiting)[3]
+        while waiting and waiting[0][0] == found.start and waiting[0][3].component is found.component:
+            heapq.heappop(waiting)
+        yield found
+
+
 def shown_by(
     component: Component, times: Times, span: tuple[int, int], named: date | datetime | None
 ) -> Occurrence:
     anchor = times.anchor
     assert anchor is not None
     floating = anchor.zone is None and not anchor.is_date
-    return Occurrence(span[0], span[1], named, component, anchor.is_date, floating)
+    # a time zone or duration can lead out of the years that can be written
+    start, end = max(span[0], FIRST_S), min(span[1], LAST_S)
+    return Occurrence(min(start, LAST_S), max(end, FIRST_S), named, component, anchor.is_date, floating)
 
 
 def dates_of(prop: Property, calendar: Component, zone: tzinfo) -> Iterator[tuple[Moment, int | None]]:
