@@ -219,7 +219,16 @@ def calendar_limits(limits: configuration.Dav) -> ical.CalendarLimits:
 
 
 _ENDLESS = 1 << 40
-STORED = ical.CalendarLimits(*[_ENDLESS] * 4, 64, *[_ENDLESS] * 4)
+STORED = ical.CalendarLimits(
+    max_bytes=_ENDLESS,
+    max_line_bytes=_ENDLESS,
+    max_properties=_ENDLESS,
+    max_components=_ENDLESS,
+    max_attendees=_ENDLESS,
+    max_timezones=_ENDLESS,
+    max_dates=_ENDLESS,
+    max_uid_characters=_ENDLESS,
+)
 """Limits for reading what is stored: it passed those of its day, which may have been wider."""
 STORED_CARD = vcard.CardLimits(_ENDLESS, _ENDLESS, _ENDLESS)
 
