@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 from typing import Literal
 from urllib.parse import quote, unquote_to_bytes
 
@@ -170,6 +171,7 @@ class ETag:
 
 
 _ETAG = re.compile(r'(?:(W/)?"([^"]*+)"[ \t]*+|([^,"]++))(?:,|\Z)')
+_MAX_ETAGS = 1_000  # a cache with every version it ever had
 _BETWEEN = re.compile(r"[,\s]*+")  # a list may have empty elements (RFC 9110 §5.6.1)
 
 
@@ -182,7 +184,7 @@ def parse_etags(value: str) -> Literal["*"] | tuple[ETag, ...]:
     """If-Match or If-None-Match; junk without quotes (JoplinIgnore-1) is a tag that never matches.
 
     Raises:
-        BadRequest: not a list.
+        BadRequest: not a list, or more than 1,000 tags.
 
     Spec: RFC 9110 §13.1.1, §13.1.2. Cost: linear.
     """
@@ -193,8 +195,8 @@ def parse_etags(value: str) -> Literal["*"] | tuple[ETag, ...]:
     at = 0
     while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # always matches
         match = _ETAG.match(text, at)
-        if match is None:
-            raise BadRequest("An entity tag is malformed.")
+        if match is None or len(found) >= _MAX_ETAGS:
+            raise BadRequest("An entity tag is malformed, or there are too many.")
         if match[2] is not None:
             found.append(ETag(match[2], bool(match[1])))
         else:
@@ -375,9 +377,13 @@ def parse_range(value: str, size: int) -> tuple[tuple[int, int], ...] | None:
     unit, equals, text = value.partition("=")
     if unit.strip().lower() != "bytes" or not equals:
         return None
-    parts = text.split(",")
+    unsatisfiable = RangeNotSatisfiable(
+        "No such range.", headers=[(b"content-range", f"bytes */{size}".encode())]
+    )
+    if text.count(",") >= _MAX_RANGES:
+        raise unsatisfiable
     found: list[tuple[int, int]] = []
-    for part in parts:
+    for part in text.split(","):
         match = _RANGE.fullmatch(part)
         if match is None or not (match[1] or match[2]):
             return None
@@ -390,8 +396,8 @@ def parse_range(value: str, size: int) -> tuple[tuple[int, int], ...] | None:
             return None
         if start < size:
             found.append((start, min(end, size)))
-    if not found or len(parts) > _MAX_RANGES:
-        raise RangeNotSatisfiable("No such range.", headers=[(b"content-range", f"bytes */{size}".encode())])
+    if not found:
+        raise unsatisfiable
     return _disjoint(found) if size else None
 
 
@@ -533,6 +539,7 @@ def accepts_gzip(value: str | None) -> bool:
     return _REFUSED.fullmatch(weight) is None
 
 
+_MAX_PARAMETERS = 32  # more are left out
 _PARAMETER = re.compile(r';\s*+([^\s;="]++)\s*+=\s*+(?:"((?:[^"\\]|\\.)*+)"|([^;"]*+))', re.DOTALL)
 
 
@@ -540,6 +547,7 @@ def parse_content_type(value: str | None) -> tuple[str, dict[str, str]]:
     """Media type in lower case and its parameters, names in lower case; "" where absent (RFC 9110 §8.3.1)."""
     kind, semicolon, rest = (value or "").partition(";")
     parameters: dict[str, str] = {}
-    for name, quoted, token in _PARAMETER.findall(semicolon + rest):
+    for match in islice(_PARAMETER.finditer(semicolon + rest), _MAX_PARAMETERS):
+        name, quoted, token = match.groups("")
         parameters.setdefault(name.lower(), re.sub(r"\\(.)", r"\1", quoted) or token.strip())
     return kind.strip().lower(), parameters
