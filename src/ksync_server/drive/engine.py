@@ -55,6 +55,7 @@ _PROTECTED_OC = frozenset(f"{_OC}{name}" for name in ("checksums", "fileid", "id
 _LAST_S = 253402300799  # the last second of the year 9999, and so of every date format
 
 Path = tuple[str, ...]  # segments as the client wrote them
+OpenView = Callable[[Read], tree.View]  # asks the gate; raises where it refuses
 Environ = dict[str, Any]
 StartResponse = Callable[..., object]
 
@@ -88,6 +89,7 @@ class _Call:
 
     request: Request
     settings: Settings
+    open_view: OpenView
     view: tree.View
     given: webdav.Conditions
     destination: webdav.Destination | None  # of COPY and MOVE
@@ -206,10 +208,11 @@ class _Run:
         Raises:
             _Stale: a path leads elsewhere than the run saw; nothing was changed.
             PreconditionFailed, Locked, _MembersLocked: decided anew here.
-            ClientError: what the tree refuses.
+            ClientError: what the gate or the tree refuses.
         """
         call = self.call
         change = tree.begin(tx, call.view)
+        change.view = call.open_view(tx)
         places = {path: tree.resolve(tx, call.view, path) for path in self.places}
         if any(_trace(places[path]) != _trace(seen) for path, seen in self.places.items()):
             raise _Stale
@@ -588,7 +591,9 @@ class _Provider(DAVProvider):  # type: ignore[misc]
         self.lock_manager = _LockManager(run)
         self.set_share_path("/")
 
-    def get_resource_inst(self, path: str, environ: Environ) -> _Resource | None:
+    def get_resource_inst(self, path: str | None, environ: Environ) -> _Resource | None:
+        if path is None:
+            return None  # what WsgiDAV takes for the folder above the root
         segments = _decoded(path)
         node = self._run.place(segments).node
         return None if node is None else _Resource(self._run, segments, node.folder, environ)
@@ -707,8 +712,11 @@ class Engine:
         """Wait for running copies and purges; what is cut off, `tree.expire_trash` finishes."""
         self._trees.shutdown(wait=True, cancel_futures=True)
 
-    async def handle(self, request: Request, view: tree.View) -> Response:
+    async def handle(self, request: Request, open_view: OpenView) -> Response:
         """Carry out one of `METHODS`.
+
+        Args:
+            open_view: asked before the body is read and again in the transaction that changes something.
 
         Raises:
             ClientError: refused; nothing was changed.
@@ -718,7 +726,7 @@ class Engine:
         Cost: one read and one write transaction, 0.5 ms of WsgiDAV; COPY of a large tree more, in the
         background of others.
         """
-        call = await self._call(request, view)
+        call = await self._call(request, open_view)
         for _ in range(_ATTEMPTS):
             try:
                 run, answer = await self._database.pooled(self._attempt, call)
@@ -731,11 +739,13 @@ class Engine:
             return answer
         raise errors.Unavailable("Others are changing it; try again.", headers=[(b"retry-after", b"1")])
 
-    async def _call(self, request: Request, view: tree.View) -> _Call:
-        """Read and check what does not depend on a snapshot; conditions before the body."""
+    async def _call(self, request: Request, open_view: OpenView) -> _Call:
+        """Read and check what does not depend on a snapshot; the door and conditions before the body."""
+        view = await self._database.hot(open_view)
         destination = webdav.destination(request) if request.method in ("COPY", "MOVE") else None
         given = webdav.conditions(request)
-        call = _Call(request, self._settings, view, given, destination, b"", (), "", int(time.time()))
+        now = int(time.time())
+        call = _Call(request, self._settings, open_view, view, given, destination, b"", (), "", now)
         if not request.has_body:
             return call
         await self._database.hot(

@@ -132,8 +132,7 @@ class Site:
         if owner is None:
             raise MethodNotAllowed("Files do not have this method.", headers=[(b"allow", ALLOW)])
         if owner == "engine":
-            view = await self._database.hot(lambda tx: self._view(tx, request, identity))
-            return await self._engine.handle(request, view)
+            return await self._engine.handle(request, lambda tx: self._view(tx, request, identity))
         match request.method:
             case "GET" | "HEAD":
                 return await self._get(request, identity)
