@@ -60,6 +60,10 @@ class Offers:
         canonical = self._names.get(name)
         return None if canonical is None else self._offers[canonical]
 
+    def aliases(self, offer_id: str) -> tuple[str, ...]:
+        """The other names of an offer."""
+        return tuple(name for name, own in self._names.items() if own == offer_id and name != own)
+
     def list(self) -> tuple[Offer, ...]:
         """All offers in the order of the file."""
         return tuple(self._offers.values())

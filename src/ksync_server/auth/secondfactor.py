@@ -174,6 +174,19 @@ def new_recovery_codes(
     return tuple(shown)
 
 
+def renew_recovery_codes(
+    tx: Write, keys: Keys, account: Account, actor: Actor = accounts.OPERATOR
+) -> tuple[str, ...]:
+    """`new_recovery_codes` for an account whose second factor is on.
+
+    Raises:
+        Conflict: it is off, so that codes would open nothing.
+    """
+    if not accounts.by_id(tx, account.id).second_factor:
+        raise Conflict(f"{account.sync_id} has no second factor.")
+    return new_recovery_codes(tx, keys, account, actor)
+
+
 def use_recovery_code(
     tx: Write, keys: Keys, account: Account, code: str, actor: Actor = accounts.OPERATOR
 ) -> bool:

@@ -1,0 +1,112 @@
+"""What there is, for operators: accounts, organizations, products, drives, secrets and audit as plain values.
+
+Never a secret, hash or digest. Each function reads one table by an index or whole.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sqlalchemy as sa
+
+from ksync_server.auth.accounts import Account
+from ksync_server.store import tables as t
+from ksync_server.store.database import Read
+
+Rows = list[dict[str, Any]]
+
+
+def _rows(tx: Read, statement: sa.Select[Any]) -> Rows:
+    return [dict(row._mapping) for row in tx.execute(statement)]
+
+
+def accounts(tx: Read, *, without_second_factor: bool = False) -> Rows:
+    """Every account by sync id, or those without a second factor (ENF3)."""
+    c = t.account.c
+    statement = sa.select(
+        c.sync_id, c.login_email, c.display_name, c.state, c.second_factor, c.created_at
+    ).order_by(c.sync_id)
+    return _rows(tx, statement.where(c.second_factor.is_(False)) if without_second_factor else statement)
+
+
+def organizations(tx: Read) -> Rows:
+    """Every organization with the number of its members."""
+    c = t.organization.c
+    members = sa.select(sa.func.count()).where(t.member.c.organization_id == c.id).scalar_subquery()
+    statement = sa.select(c.id, c.name, members.label("members"), c.requires_second_factor, c.created_at)
+    return _rows(tx, statement.order_by(c.id))
+
+
+def members(tx: Read, organization_id: int) -> Rows:
+    """The members of an organization with their roles."""
+    a, m = t.account.c, t.member.c
+    statement = (
+        sa.select(a.sync_id, a.login_email, a.display_name, m.role, a.second_factor)
+        .select_from(t.member.join(t.account, m.account_id == a.id))
+        .where(m.organization_id == organization_id)
+    )
+    return _rows(tx, statement.order_by(a.sync_id))
+
+
+def products(tx: Read) -> Rows:
+    """Every product with its organization and offer."""
+    p, o = t.product.c, t.organization.c
+    statement = sa.select(
+        p.id, p.organization_id, o.name.label("organization"), p.offer, p.created_at
+    ).select_from(t.product.join(t.organization, o.id == p.organization_id))
+    return _rows(tx, statement.order_by(p.id))
+
+
+def drives(tx: Read) -> Rows:
+    """Every drive with its offer, limits in bytes (None: the setting's or the offer's) and use."""
+    d, p = t.drive.c, t.product.c
+    limits = (d.max_file_bytes, d.max_chunked_bytes, d.quota_bytes)
+    statement = sa.select(
+        d.id, d.name, d.product_id, p.offer, *limits, d.used_bytes, d.files, d.created_at
+    ).select_from(t.drive.join(t.product, p.id == d.product_id))
+    return _rows(tx, statement.order_by(d.id))
+
+
+def drive_members(tx: Read, drive_id: int) -> Rows:
+    """The accounts that see a drive."""
+    a, m = t.account.c, t.drive_member.c
+    statement = (
+        sa.select(a.sync_id, a.login_email, a.display_name)
+        .select_from(t.drive_member.join(t.account, m.account_id == a.id))
+        .where(m.drive_id == drive_id)
+    )
+    return _rows(tx, statement.order_by(a.sync_id))
+
+
+def app_passwords(tx: Read, account: Account) -> Rows:
+    """Application passwords, revoked ones too: created, last used, service, address, client (APP2)."""
+    c = t.app_password.c
+    use = (c.last_used_at, c.last_service, c.last_address, c.last_client)
+    statement = sa.select(c.id, c.name, c.scopes, c.created_at, c.revoked_at, *use)
+    rows = _rows(tx, statement.where(c.account_id == account.id).order_by(c.id))
+    return [{**row, "scopes": row["scopes"].split()} for row in rows]
+
+
+def second_factors(tx: Read, account: Account) -> Rows:
+    """Second factors, the one that waits for its first code too (confirmed_at is None)."""
+    c = t.second_factor.c
+    statement = sa.select(c.id, c.kind, c.name, c.created_at, c.confirmed_at)
+    return _rows(tx, statement.where(c.account_id == account.id).order_by(c.id))
+
+
+def recovery_codes_left(tx: Read, account: Account) -> int:
+    """How many unused recovery codes there are."""
+    c = t.recovery_code.c
+    unused = sa.select(sa.func.count()).where(c.account_id == account.id, c.used_at.is_(None))
+    return int(tx.execute(unused).scalar_one())
+
+
+def audit(tx: Read, *, subject: str | None = None, limit: int = 50) -> Rows:
+    """The newest changes and refusals first, of one subject (a sync id, or an id) or of all."""
+    c = t.audit.c
+    statement = sa.select(c.at, c.actor, c.address, c.action, c.subject, c.detail)
+    if subject is not None:
+        statement = statement.where(c.subject == subject)
+    rows = _rows(tx, statement.order_by(c.id.desc()).limit(limit))
+    return [{**row, "detail": json.loads(row["detail"])} for row in rows]
