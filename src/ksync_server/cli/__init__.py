@@ -1,0 +1,104 @@
+"""The command line: serve, demo, check-config, migrate, and what manages accounts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ksync_server.cli import demo as demonstration
+from ksync_server.cli.context import Context, Main
+
+__all__ = ["main"]
+
+_pass = click.make_pass_decorator(Context)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+
+
+@click.group(cls=Main)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="KSYNC_CONFIG",
+    help="Configuration file; ./ksync.toml where none is named.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting.")
+@click.version_option(package_name="ksync-server")
+@click.pass_context
+def main(ctx: click.Context, config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Self-hosted calendars, contacts and files behind one account system."""
+    ctx.obj = Context(config, overrides)
+
+
+def _with_config(context: Context, config: Path | None, overrides: tuple[str, ...]) -> Context:
+    """The options may stand behind the command too."""
+    return Context(config or context.config, context.overrides + overrides)
+
+
+_config_option = click.option(
+    "--config", type=click.Path(path_type=Path, dir_okay=False), help="Configuration file."
+)
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting."
+)
+
+
+@main.command()
+@_config_option
+@_set_option
+@_pass
+def serve(context: Context, config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Serve until SIGTERM; SIGHUP reloads the configuration."""
+    from ksync_server import log
+    from ksync_server.server import Supervisor
+
+    where = _with_config(context, config, overrides)
+    log.configure(where.settings().log)
+    with where.services():
+        pass  # a schema or key file that cannot be used is said here, once, not by each worker
+    raise SystemExit(Supervisor(where.settings).run())
+
+
+@main.command("check-config")
+@_config_option
+@_set_option
+@_as_json
+@_pass
+def check_config(context: Context, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say whether the configuration can be used, and what is wrong with it."""
+    from ksync_server.app import Proxies
+    from ksync_server.server import parse_listen
+
+    settings = _with_config(context, config, overrides).settings()
+    Proxies(settings.server.trusted_proxies)
+    for address in (*settings.server.listen, settings.server.admin_listen):
+        if address:
+            parse_listen(address)
+    click.echo(json.dumps({"ok": True}) if as_json else "The configuration can be used.")
+
+
+@main.command()
+@_config_option
+@_set_option
+@_as_json
+@_pass
+def migrate(context: Context, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Create the database's tables or bring them to this program's schema."""
+    from ksync_server.store import schema
+    from ksync_server.store.database import Database
+
+    settings = _with_config(context, config, overrides).settings()
+    database = Database(settings.database, threads=1)
+    try:
+        before = schema.current(database)
+        schema.migrate(database)
+    finally:
+        database.close()
+    if as_json:
+        click.echo(json.dumps({"from": before, "to": schema.SCHEMA}))
+    else:
+        click.echo(f"Schema {schema.SCHEMA}" + (" (nothing to do)" if before == schema.SCHEMA else ""))
+
+
+main.add_command(demonstration.demo)

@@ -1,0 +1,64 @@
+"""What every command shares: the configuration it was given, services over it, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ksync_server import settings as configuration
+from ksync_server.errors import ConfigError, KsyncError
+from ksync_server.settings import Settings
+
+DEFAULT_CONFIG = Path("ksync.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The options in front of the command."""
+
+    config: Path | None
+    overrides: tuple[str, ...] = ()
+
+    def settings(self) -> Settings:
+        """The configuration, read anew.
+
+        Raises:
+            ConfigError: none was named and there is no ./ksync.toml, or it cannot be used.
+        """
+        path = self.config or DEFAULT_CONFIG
+        if self.config is None and not path.exists():
+            raise ConfigError("name a configuration: --config FILE (or KSYNC_CONFIG)")
+        return configuration.load(path, self.overrides)
+
+    @contextlib.contextmanager
+    def services(self) -> Iterator[Any]:
+        """`app.Services` over a database of the current schema, closed at the end.
+
+        Raises:
+            ConfigError: see `settings` and `worker.open_services`.
+        """
+        from ksync_server.worker import (
+            open_services,
+        )  # imports every product: only commands that need it wait
+
+        services = open_services(self.settings())
+        try:
+            yield services
+        finally:
+            services.close()
+
+
+class Main(click.Group):
+    """Refusals end with one sentence on standard error and exit code 1; wrong usage with 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except KsyncError as error:
+            raise click.ClickException(str(error) or type(error).__name__) from error
