@@ -232,7 +232,7 @@ class Gate:
         """
         if credentials is None or self._is_too_long(credentials):
             return True
-        if passwords.parse_app_password(credentials.secret) is not None:
+        if passwords.app_password_letters(credentials.secret) is not None:
             return True
         account = self._find(credentials.name)
         return account is not None and self._remembers(account, credentials.secret)
@@ -260,8 +260,8 @@ class Gate:
         outcome: Identity | _Refusal
         if self._is_too_long(credentials):
             outcome = _Refusal("secret too long")
-        elif (secret := passwords.parse_app_password(credentials.secret)) is not None:
-            outcome = self._by_app_password(credentials.name, secret, peer, service)
+        elif (letters := passwords.app_password_letters(credentials.secret)) is not None:
+            outcome = self._by_app_password(credentials.name, letters, peer, service)
         else:
             outcome = self._by_account_password(credentials)
         if isinstance(outcome, Identity):
@@ -280,9 +280,10 @@ class Gate:
     def _is_too_long(self, credentials: Credentials) -> bool:
         return len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes
 
-    def _by_app_password(
-        self, name: str, secret: passwords.AppPassword, peer: Peer, service: Service
-    ) -> Identity | _Refusal:
+    def _by_app_password(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
+        secret = passwords.parse_app_password(letters)
+        if secret is None:
+            return _Refusal("mistyped application password")
         rows = self._database.fast(_APP_PASSWORD, {"lookup": secret.lookup})
         if not rows:
             self._keys.digest(secret.secret.encode("ascii"))  # the same work as for a known one
