@@ -112,11 +112,13 @@ def parse_destination(value: str) -> tuple[str | None, str | None, bytes]:
     else:
         uri = _URI.fullmatch(raw)
         if uri is None or uri[1].lower() not in (b"http", b"https"):
-            raise BadRequest("The Destination is neither an http URI nor an absolute path.")
+            raise BadRequest("A Destination or href is an http URI or an absolute path.")
         scheme, authority = uri[1].decode().lower(), uri[2].decode("latin-1")
         target, rest = uri[3] or b"/", uri[4]
     if rest is not None:
-        raise BadRequest('A Destination has no query or fragment; "?" and "#" in a name are %3F and %23.')
+        raise BadRequest(
+            'A Destination or href has no query or fragment; "?" and "#" in a name are %3F and %23.'
+        )
     return scheme, authority, target
 
 
