@@ -765,6 +765,14 @@ ACTIONS = st.lists(
 Model = dict[tuple[str, ...], bytes | None]  # path -> content; None = folder
 
 
+def in_folder(model: Model, at: tuple[str, ...]) -> bool:
+    return len(at) == 1 or (at[:-1] in model and model[at[:-1]] is None)
+
+
+def below(model: Model, at: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [one for one in model if one[: len(at)] == at]
+
+
 def expected(
     model: Model, verb: str, path: tuple[str, ...], to: tuple[str, ...], overwrite: bool
 ) -> set[int]:
