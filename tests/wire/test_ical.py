@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksync_server.wire import contentline, ical
@@ -323,6 +323,7 @@ components: st.SearchStrategy[Component] = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(st.lists(components, max_size=3))
 def test_what_is_written_is_read_back_and_folded_at_75_octets(children: list[Component]) -> None:
     whole = ical.calendar_of(children)

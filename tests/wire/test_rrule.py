@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 from dateutil.rrule import rrulestr
-from hypothesis import assume, given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from ksync_server.wire import rrule
@@ -323,33 +323,58 @@ def numbers(low: int, high: int, *, negative: bool = False, most: int = 3) -> st
 
 
 @st.composite
-def rules(draw: st.DrawFn, frequencies: tuple[str, ...]) -> str:
-    """Rules both implementations read alike: BYWEEKNO with BYDAY, ordinals all or none."""
-    freq = draw(st.sampled_from(frequencies))
-    parts = [f"FREQ={freq}", f"INTERVAL={draw(st.sampled_from([1, 1, 2, 3, 4, 5, 7, 13]))}"]
-    choices: dict[str, st.SearchStrategy[str]] = {
-        "BYMONTH": numbers(1, 12),
-        "BYMONTHDAY": numbers(1, 31, negative=True),
-        "BYYEARDAY": numbers(1, 366, negative=True, most=30),
-        "BYHOUR": numbers(0, 23),
-        "BYMINUTE": numbers(0, 59),
-        "BYSECOND": numbers(0, 59),
-        "BYDAY": st.lists(WEEKDAYS, min_size=1, max_size=3).map(",".join),
-    }
+def rules_of_days(draw: st.DrawFn) -> str:
+    """Rules of days that both read alike (BYWEEKNO with BYDAY, ordinals all or none) and that match some day:
+    dateutil looks for one up to the year 9999."""
+    freq = draw(st.sampled_from(["YEARLY", "MONTHLY", "WEEKLY", "DAILY"]))
+    parts = [f"INTERVAL={draw(st.sampled_from([1, 1, 2, 3, 4, 5, 13]))}"]
+    weekdays = st.lists(WEEKDAYS, min_size=1, max_size=3).map(",".join)
+    by_day = weekdays
     if freq in {"MONTHLY", "YEARLY"}:
-        ordinal = st.builds(lambda n, day: f"{n}{day}", st.sampled_from([-5, -2, -1, 1, 2, 3, 5]), WEEKDAYS)
-        choices["BYDAY"] |= st.lists(ordinal, min_size=1, max_size=3).map(",".join)
-    chosen = draw(st.sets(st.sampled_from(sorted(choices)), max_size=3))
-    if freq == "YEARLY" and draw(st.integers(0, 5)) == 0:
-        parts.append(f"BYWEEKNO={draw(numbers(1, 53, negative=True))}")
-        parts.append(f"BYDAY={draw(st.lists(WEEKDAYS, min_size=1, max_size=3).map(','.join))}")
-        chosen.discard("BYDAY")
-    parts += [f"{part}={draw(choices[part])}" for part in sorted(chosen)]
-    if len(parts) > 2 and draw(st.integers(0, 3)) == 0:
-        parts.append(f"BYSETPOS={draw(numbers(1, 5, negative=True, most=2))}")
+        ordinal = st.builds(lambda n, day: f"{n}{day}", st.sampled_from([-4, -2, -1, 1, 2, 3, 4]), WEEKDAYS)
+        by_day |= st.lists(ordinal, min_size=1, max_size=3).map(",".join)
+    which = draw(st.sampled_from(["", "", "BYDAY", "BYMONTHDAY", "BYYEARDAY", "BYWEEKNO", "13th"]))
+    if which == "BYDAY":
+        parts.append(f"BYDAY={draw(by_day)}")
+    elif which == "BYMONTHDAY":
+        parts.append(f"BYMONTHDAY={draw(numbers(1, 31, negative=True))}")
+    elif which == "BYYEARDAY" and freq != "MONTHLY":
+        parts.append(f"BYYEARDAY={draw(numbers(1, 365, negative=True, most=30))}")
+    elif which == "BYWEEKNO" and freq == "YEARLY":
+        parts.append(f"BYWEEKNO={draw(numbers(1, 53, negative=True))};BYDAY={draw(weekdays)}")
+    elif which == "13th":
+        parts.append(f"BYMONTHDAY={draw(numbers(1, 28, negative=True))};BYDAY={draw(weekdays)}")
+    if which in {"", "BYDAY"} and draw(st.booleans()):
+        # an interval of 2, 3 or 4 months can miss a month for ever
+        parts[0] = "INTERVAL=1" if freq == "MONTHLY" else parts[0]
+        parts.append(f"BYMONTH={draw(numbers(1, 12))}")
+    for part, highest in (("BYHOUR", 23), ("BYMINUTE", 59), ("BYSECOND", 59)):
+        if draw(st.integers(0, 3)) == 0:
+            parts.append(f"{part}={draw(numbers(0, highest))}")
+    if len(parts) > 1 and draw(st.integers(0, 3)) == 0:
+        parts.append(f"BYSETPOS={draw(st.sampled_from(['1', '-1', '1,-1', '2,-1']))}")
     if draw(st.booleans()):
         parts.append(f"COUNT={draw(st.integers(1, 40))}")
-    parts.append(f"WKST={draw(WEEKDAYS)}")
+    return ";".join([f"FREQ={freq}", *parts, f"WKST={draw(WEEKDAYS)}"])
+
+
+@st.composite
+def rules_within_days(draw: st.DrawFn) -> str:
+    """HOURLY, MINUTELY and SECONDLY, with those limits that dateutil passes in less than a second."""
+    freq = draw(st.sampled_from(["HOURLY", "MINUTELY", "SECONDLY"]))
+    parts = [f"FREQ={freq}", f"INTERVAL={draw(st.sampled_from([1, 2, 5, 7, 13]))}"]
+    if freq == "HOURLY" and draw(st.booleans()):
+        parts.append(f"BYDAY={draw(st.lists(WEEKDAYS, min_size=1, max_size=3).map(','.join))}")
+    if freq == "MINUTELY" and draw(st.booleans()):
+        parts.append(f"BYHOUR={draw(numbers(0, 23))}")
+    if freq == "HOURLY" and draw(st.booleans()):
+        parts.append(f"BYMINUTE={draw(numbers(0, 59))}")
+    if draw(st.booleans()):
+        parts.append(f"BYSECOND={draw(numbers(0, 59))}")
+        if freq != "SECONDLY" and draw(st.booleans()):
+            parts.append(f"BYSETPOS={draw(st.sampled_from(['1', '-1', '1,-1']))}")
+    if draw(st.booleans()):
+        parts.append(f"COUNT={draw(st.integers(1, 40))}")
     return ";".join(parts)
 
 
@@ -357,20 +382,14 @@ BEGINS = st.integers(seconds("19900101T000000"), seconds("20300101T000000"))
 
 
 @settings(deadline=None, max_examples=200)
-@given(rules(("YEARLY", "MONTHLY", "WEEKLY", "DAILY")), BEGINS, st.integers(-50, 1500), st.integers(0, 1500))
+@given(rules_of_days(), BEGINS, st.integers(-50, 1500), st.integers(0, 1500))
 def test_rules_of_days_agree_with_dateutil(rule: str, first: int, shift_days: int, days: int) -> None:
     _agree(rule, first, first + shift_days * 86_400 + shift_days % 3 - 1, days * 86_400)
 
 
 @settings(deadline=None, max_examples=100)
-@given(rules(("HOURLY", "MINUTELY", "SECONDLY")), BEGINS, st.integers(-3_600, 7_200), st.integers(0, 2_000))
-def test_rules_of_hours_and_less_agree_with_dateutil(
-    rule: str, first: int, shift_s: int, length_s: int
-) -> None:
-    # BYHOUR and dates far from the start make dateutil walk for minutes
-    assume(not any(part in rule for part in ("BYMONTH", "BYYEARDAY", "BYDAY", "BYHOUR", "BYMINUTE")))
-    assume(not ("BYSECOND" in rule and "SECONDLY" in rule))
-    assume("BYSETPOS" not in rule or "BYSECOND" in rule)
+@given(rules_within_days(), BEGINS, st.integers(-3_600, 100_000), st.integers(0, 100_000))
+def test_rules_within_days_agree_with_dateutil(rule: str, first: int, shift_s: int, length_s: int) -> None:
     _agree(rule, first, first + shift_s, length_s)
 
 
@@ -380,7 +399,7 @@ def _agree(rule: str, first: int, after: int, length_s: int) -> None:
     try:
         oracle = rrulestr(rule, dtstart=begin)
     except ValueError:
-        assume(False)  # dateutil refuses what can never happen
+        reject()  # dateutil refuses some of what can never happen
     expected = []
     for when in oracle:
         if when > high or len(expected) > 200:
@@ -440,7 +459,7 @@ def test_a_bomb_costs_its_budget_and_no_more(rule: str, first: int) -> None:
             for at in rrule.starts(rrule.parse_rule(rule), first, meter, after=window[0], last=window[1]):
                 assert window[0] <= at <= window[1]
         assert meter.left > -100_000
-        assert time.process_time() - begin < 0.25  # some 0.05 s; room for a busy machine
+        assert time.process_time() - begin < 0.4  # some 0.05 s; room for a busy machine
 
 
 def test_a_rule_of_year_one_is_cheap_to_ask_about_today() -> None:

@@ -29,8 +29,7 @@ _PARAM = re.compile(r';((?:[^";]++|"[^"]*+"|")*+)')
 _PARAM_VALUE = re.compile(r'((?:[^",]++|"[^"]*+"|")*+)(,|$)')
 _CARET = re.compile(r"\^([n^'])")
 _CARET_MEANS = {"n": "\n", "^": "^", "'": '"'}
-_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
-_ESCAPE_MEANS = {"n": "\n", "N": "\n", "\\": "\\", ",": ",", ";": ";", ":": ":", '"': '"'}
+_ESCAPES = (("\\n", "\n"), ("\\N", "\n"), ("\\,", ","), ("\\;", ";"), ("\\:", ":"), ('\\"', '"'))
 _SPLIT = {
     ",": re.compile(r"((?:[^,\\]++|\\.|\\$)*+)(,|$)", re.DOTALL),
     ";": re.compile(r"((?:[^;\\]++|\\.|\\$)*+)(;|$)", re.DOTALL),
@@ -235,7 +234,14 @@ def unescape(value: str) -> str:
     """Text with `\\n`, `\\,`, `\\;`, `\\\\` (and the `\\:` of some vCards) undone; other backslashes stay."""
     if "\\" not in value:
         return value
-    return _ESCAPE.sub(lambda match: _ESCAPE_MEANS.get(match[1], match[0]), value)
+    # after the split no part holds two backslashes in a row, so the replacements cannot meet
+    return "\\".join(_unescape_part(part) if "\\" in part else part for part in value.split("\\\\"))
+
+
+def _unescape_part(part: str) -> str:
+    for escaped, meant in _ESCAPES:
+        part = part.replace(escaped, meant)
+    return part
 
 
 def escape(text: str) -> str:

@@ -388,8 +388,9 @@ class _Walk:
         """The days of one month or year that fit; BYDAY ordinals count inside it."""
         rule = self.rule
         if not (rule.by_yearday or rule.by_weekno or rule.by_monthday):
-            meter.spend(len(rule.by_day), begin * DAY_S)
-            return _ordinal_weekdays(rule.by_day, begin, end)
+            found = _ordinal_weekdays(rule.by_day, begin, end)
+            meter.spend(len(rule.by_day) + len(found) // 4, begin * DAY_S)
+            return found
         candidates: Sequence[int]
         if rule.by_yearday:
             candidates = _from_both_ends(rule.by_yearday, *_year_span(begin))

@@ -242,7 +242,8 @@ def _computed(vtimezone: Component) -> tzinfo | None:
     if not onsets:
         return None
     # the offset before comes from the order of the changes; TZOFFSETFROM of real zones is often wrong
-    ordered = sorted(set(onsets))[:MAX_ONSETS]
+    # two changes at one instant (Outlook begins both in 1601): standard time, the smaller offset, holds
+    ordered = sorted(set(onsets), key=lambda onset: (onset[0], onset[2]))[:MAX_ONSETS]
     chained = [ordered[0]]
     for at, _, after in ordered[1:]:
         if at == chained[-1][0]:
