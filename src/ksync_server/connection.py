@@ -26,6 +26,8 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 _UNKNOWN_LENGTH = 1 << 62
 _CLOSE_S = 5.0  # a closed connection whose last bytes the peer does not take is cut after this
 _LAST_REQUEST_S = 5.0  # an idle connection of a worker that is being replaced may send one more request
+_SLICE = 64 * 1024  # bytes parsed at once, except inside a body of declared length
+_FRAME = 64  # bytes of a request line, or of a chunk's size line, beside what is counted
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -149,8 +151,11 @@ class Connection(HttpToolsProtocol):
         self.on_close = on_close
         self.access_log = False
         self.heading = False  # inside a head
-        self.head_bytes = 0
+        self.head_bytes = 0  # of the fields, so far
         self.target_bytes = 0
+        self.accounted = 0  # bytes of the data being parsed whose place in a request is known
+        self.loose = 0  # bytes that are neither: half a field, blanks, chunk extensions
+        self.declared = False  # inside a body of declared length
         self.broken = False  # nothing the peer sends is understood any more
         self.draining = False
         self.running: Cycle | None = None
@@ -244,6 +249,14 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of any number of requests."""
+        if len(data) <= _SLICE or self.declared:
+            self._feed(data)
+        else:  # in parts, so that a limit is noticed before what comes behind its breach
+            view = memoryview(data)
+            for start in range(0, len(data), _SLICE):
+                self._feed(view[start : start + _SLICE])
+
+    def _feed(self, data: bytes | memoryview) -> None:
         if self.broken:
             return
         try:
@@ -254,10 +267,10 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._break(400, "The request is malformed.")
         else:
-            if self.heading:
-                self.head_bytes += len(data)
-                if self.head_bytes > self.limits.header_bytes:
-                    self._break(431, "The head of the request is too large.")
+            self.loose = max(0, self.loose + len(data) - self.accounted)
+            self.accounted = 0
+            if self.loose > self.limits.header_bytes:
+                self._break(431, "The head of the request, or of a chunk, is too large.")
 
     def _break(self, status: int, text: str) -> None:
         """End a connection whose bytes cannot be told apart any more, after the answers under way."""
@@ -299,18 +312,29 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self.heading = True
         self.head_bytes = self.target_bytes = 0
+        self.accounted += _FRAME
         if self.running is None or self.running.response_complete:
             self.deadline = self.loop.time() + self.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
         """A part of the request target."""
         self.target_bytes += len(url)
-        self.url += url
+        self.accounted += len(url)
+        if self.target_bytes <= self.limits.header_bytes:
+            self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One whole field."""
-        self.head_bytes += len(name) + len(value) + 4
-        super().on_header(name, value)
+        """One whole field; those behind a chunked body mean nothing here."""
+        size = len(name) + len(value) + 4
+        self.accounted += size
+        if self.heading:
+            self.head_bytes += size
+            if self.head_bytes <= self.limits.header_bytes:
+                super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        """The size of a chunk."""
+        self.accounted += _FRAME
 
     def on_headers_complete(self) -> None:
         """Check the head, then start the application, or queue behind the request before (pipelining)."""
@@ -355,16 +379,19 @@ class Connection(HttpToolsProtocol):
             return 414, "The request target is too long."
         if self.head_bytes + self.target_bytes > self.limits.header_bytes:
             return 431, "The head of the request is too large."
-        hosts = 0
+        hosts = lengths = 0
         codings: list[bytes] = []
         for name, value in self.headers:
             if name == b"host":
                 hosts += 1
             elif name == b"transfer-encoding":
                 codings.append(value)
+            elif name == b"content-length":
+                lengths += 1
+        self.declared = lengths == 1 and not codings
         if hosts > 1 or (hosts == 0 and version != "1.0"):
             return 400, "A request has exactly one Host field."
-        if codings and (version == "1.0" or any(name == b"content-length" for name, _ in self.headers)):
+        if lengths > 1 or (codings and (version == "1.0" or lengths)):
             return 400, "The length of the body is ambiguous."
         if codings and (len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
             return 501, "Only the transfer coding chunked is known."
@@ -390,6 +417,7 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of a body; reading pauses while the application is slower than the peer."""
+        self.accounted += len(body)
         cycle = self.cycle
         if cycle.response_complete or cycle.disconnected:
             return
@@ -401,6 +429,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        self.declared = False
         if not self.cycle.disconnected:
             self.cycle.more_body = False
             self.cycle.message_event.set()

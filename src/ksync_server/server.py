@@ -5,8 +5,8 @@
                  +-- job worker    (periodic work by leases)
 
 SIGTERM and SIGINT stop: no new connections, requests under way get `server.shutdown_timeout_s`. SIGHUP
-reloads: the configuration is checked, new workers start on the same sockets, and only when all of them answer
-do the old ones drain. A worker that dies is started again. Workers end when the supervisor dies, however it dies.
+reloads: the configuration is checked, new workers start on the same sockets, and the old ones drain only when
+all of those answer. A worker that dies is started again. When the supervisor dies, however it does, all end.
 """
 
 from __future__ import annotations
