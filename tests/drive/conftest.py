@@ -7,27 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from ksync_server import settings
 from ksync_server.store import schema
+from ksync_server.store import tables as t
 from ksync_server.store.blobs import Blobs
-from ksync_server.store.database import Database
+from ksync_server.store.database import Database, Write
 from tests.drive.harness import Client, Drive, make_drive
 
 
-@pytest.fixture
-def drive(database_url: str, tmp_path: Path) -> Iterator[Drive]:
-    """A migrated store with one drive."""
-    every = settings.Settings(
-        database=settings.Database(url=database_url), blobs=settings.Blobs(path=tmp_path / "blobs")
-    )
-    database = Database(every.database, threads=4)
+@pytest.fixture(scope="module")
+def migrated(module_database_url: str) -> Iterator[Database]:
+    """A store that the tests of a module share, each of which finds it empty."""
+    database = Database(settings.Database(url=module_database_url), threads=4)
     schema.migrate(database)
-    blobs = Blobs(every.blobs, database)
-    alice, bob = database.write(make_drive)
-    yield Drive(database, blobs, every, alice, bob)
-    blobs.close()
+    yield database
     database.close()
+
+
+def _empty(tx: Write) -> None:
+    for table in reversed(t.metadata.sorted_tables):
+        if table is not t.store:
+            tx.execute(sa.delete(table))
+
+
+@pytest.fixture
+def drive(migrated: Database, tmp_path: Path) -> Iterator[Drive]:
+    """An empty store with one drive."""
+    every = settings.Settings(database=migrated.settings, blobs=settings.Blobs(path=tmp_path / "blobs"))
+    migrated.write(_empty)
+    blobs = Blobs(every.blobs, migrated)
+    alice, bob = migrated.write(make_drive)
+    yield Drive(migrated, blobs, every, alice, bob)
+    blobs.close()
 
 
 @pytest.fixture
