@@ -45,7 +45,7 @@ GAP_S = 3 * 3_600  # how far a clock change moves an instance
 class Budget:
     """What one object may cost in one request."""
 
-    max_steps: int = 100_000  # loop steps at some 0.5 µs to 1.5 µs, also those that yield nothing
+    max_steps: int = 80_000  # loop steps at some 1 µs, also those that yield nothing
     max_instances: int = 20_000  # instances given
 
 
