@@ -12,6 +12,7 @@ Where the engine is wrong it is overridden here, by name; `tests/dav/test_engine
 
     protected_properties     it stores getetag and answers 200; removing resourcetype destroys the collection
     property_values          it keeps only the text of a property: nested XML is lost
+    property_names           it answers 400 to a property without a namespace
     property_limits          it takes a displayname of any size
     calendar_timezone        it takes any text as a time zone
     component_set            it takes any component name, and MOVE ignores the set
@@ -378,9 +379,10 @@ def _environ(ask: Ask) -> dict[str, Any]:
 
 
 def _parts(instructions: Iterable[Instruction]) -> Iterator[Element]:
-    """The instructions as set and remove elements, values reduced to what the engine looks at."""
-    for each in instructions:
-        value = each.element if each.name in (RESOURCETYPE, COMPONENT_SET) else Element(each.name)
+    """property_names: the instructions with neutral names, but for the two that the engine looks into."""
+    for number, each in enumerate(instructions):
+        known = each.name in (RESOURCETYPE, COMPONENT_SET)
+        value = each.element if known else Element(f"{{urn:ksync:engine}}property{number}")
         prop = Element(f"{DAV}prop", (), (value,))
         yield Element(f"{DAV}{'set' if each.set else 'remove'}", (), (prop,))
 

@@ -204,6 +204,9 @@ class Database:
             connection = self._held()
             raw = connection.connection.dbapi_connection
             assert isinstance(raw, sqlite3.Connection)
+            if raw.in_transaction:  # inside another read of this thread: the same snapshot
+                yield Read(self, connection)
+                return
             with _translated():
                 raw.execute("BEGIN")
                 try:
