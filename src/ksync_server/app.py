@@ -21,6 +21,8 @@ from ksync_server import webdav
 from ksync_server.auth import keys as keyring
 from ksync_server.auth import offers as tiers
 from ksync_server.auth.gate import Credentials, Gate, Identity, Service
+from ksync_server.dav import collections as dav_collections
+from ksync_server.dav import site as dav_site
 from ksync_server.drive import site as drive_site
 from ksync_server.drive import tree as drive_tree
 from ksync_server.errors import (
@@ -121,35 +123,11 @@ def application(services: Services) -> App:
     """The ASGI application over services, with its sites."""
     return App(
         services,
-        _dav(services),
+        dav_site.Site(services),
         drive_site.Site(services),
         metrics=Metrics(),
         access=AccessLog(services.settings.log),
     )
-
-
-def _dav(services: Services) -> Site:
-    from importlib import import_module
-
-    try:
-        site: Site = import_module("ksync_server.dav.site").Site(services)
-    except ModuleNotFoundError:
-        return _NotYet()
-    return site
-
-
-class _NotYet:
-    def public(self, request: Request) -> Response | None:
-        return None
-
-    def service(self, request: Request) -> Service:
-        return Service.SYNC
-
-    async def handle(self, request: Request, identity: Identity) -> Response:
-        return text(405, "")
-
-    def close(self) -> None:
-        pass
 
 
 def periodic(services: Services) -> list[Periodic]:
@@ -160,9 +138,14 @@ def periodic(services: Services) -> list[Periodic]:
         while drive_tree.expire_trash(services.database, settings.drive, int(time.time())):
             pass
 
+    def purge_deleted() -> None:
+        while dav_collections.purge_deleted(services.database):
+            pass
+
     return [
         Periodic("blobs.reap", 3600, services.blobs.reap),
         Periodic("drive.expire-trash", 3600, expire_trash),
+        Periodic("dav.purge-deleted", 3600, purge_deleted),
     ]
 
 
