@@ -33,11 +33,12 @@ class PostgreSQL:
 
     admin_url: str
 
-    def create(self) -> str:
-        """Create an empty database with a random name and return its URL."""
+    def create(self, template: str = "") -> str:
+        """Create a database with a random name, empty or a copy of the one `template` names; return its URL."""
+        origin = template.partition("?")[0].rpartition("/")[2] or "template0"
         name = f"ksync_{uuid.uuid4().hex}"
         with psycopg.connect(self.admin_url, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
+            connection.execute(f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE {origin}")
         before, _, query = self.admin_url.partition("?")
         return f"{before.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
 
@@ -48,9 +49,9 @@ class PostgreSQL:
             connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     @contextlib.contextmanager
-    def database(self) -> Iterator[str]:
-        """An empty database for as long as the block runs."""
-        url = self.create()
+    def database(self, template: str = "") -> Iterator[str]:
+        """A database for as long as the block runs, empty or a copy of another that nobody uses."""
+        url = self.create(template)
         try:
             yield url
         finally:

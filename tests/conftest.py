@@ -5,6 +5,7 @@ A missing PostgreSQL fails the tests that ask for it; nothing here skips.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 
 from conformance.names import CONTROL_NAMES, NASTY_NAMES
 from conformance.servers import Demo, PostgreSQL, demo, postgresql
-
+from ksync_server import settings
+from ksync_server.store import schema
+from ksync_server.store.database import Database
 
 
 @pytest.fixture(scope="session")
@@ -23,24 +26,58 @@ def postgresql_server() -> Iterator[PostgreSQL]:
         yield server
 
 
-@pytest.fixture
-def sqlite_url(tmp_path: Path) -> str:
-    """URL of a SQLite file that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'ksync.db'}"
+def _migrated(url: str) -> str:
+    database = Database(settings.Database(url=url))
+    schema.migrate(database)
+    database.close()
+    return url
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file that is copied and never used itself."""
+    path = tmp_path_factory.mktemp("template") / "ksync.db"
+    _migrated(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql_server: PostgreSQL) -> str:
+    """URL of a migrated PostgreSQL database that is copied and never used itself."""
+    return _migrated(postgresql_server.create())
 
 
 @pytest.fixture
-def postgresql_url(postgresql_server: PostgreSQL) -> Iterator[str]:
-    """URL of an empty PostgreSQL database of this test's own."""
-    with postgresql_server.database() as url:
+def sqlite_url(tmp_path: Path, sqlite_template: Path) -> str:
+    """URL of a migrated SQLite file of this test's own."""
+    path = tmp_path / "ksync.db"
+    shutil.copyfile(sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def postgresql_url(postgresql_server: PostgreSQL, postgresql_template: str) -> Iterator[str]:
+    """URL of a migrated PostgreSQL database of this test's own."""
+    with postgresql_server.database(postgresql_template) as url:
         yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
-    """URL of an empty database of this test's own, once on SQLite and once on PostgreSQL."""
+    """URL of a migrated database of this test's own, once on SQLite and once on PostgreSQL."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a database without any table, once on SQLite (no file yet) and once on PostgreSQL."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+    else:
+        server: PostgreSQL = request.getfixturevalue("postgresql_server")
+        with server.database() as url:
+            yield url
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy
 
 
-def test_database_url_is_empty_and_of_this_test_alone(database_url: str) -> None:
-    engine = sqlalchemy.create_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
+def test_an_empty_database_is_empty_and_of_this_test_alone(empty_database_url: str) -> None:
+    engine = sqlalchemy.create_engine(empty_database_url.replace("postgresql://", "postgresql+psycopg://"))
     try:
         assert sqlalchemy.inspect(engine).get_table_names() == []
         with engine.begin() as connection:

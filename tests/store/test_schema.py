@@ -13,10 +13,13 @@ from ksync_server.store import schema, tables
 from ksync_server.store.database import Database
 
 
-def test_migrations_build_what_the_metadata_says(database: Database) -> None:
+def test_migrations_build_what_the_metadata_says(empty_database_url: str) -> None:
+    database = Database(settings.Database(url=empty_database_url))
+    schema.migrate(database)
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"render_as_batch": True})
         assert compare_metadata(context, tables.metadata) == []
+    database.close()
 
 
 def test_a_second_migration_changes_nothing(database: Database) -> None:
@@ -28,8 +31,8 @@ def test_a_second_migration_changes_nothing(database: Database) -> None:
     again.close()
 
 
-def test_an_empty_database_is_refused_before_it_is_migrated(database_url: str) -> None:
-    database = Database(settings.Database(url=database_url))
+def test_an_empty_database_is_refused_before_it_is_migrated(empty_database_url: str) -> None:
+    database = Database(settings.Database(url=empty_database_url))
     with pytest.raises(ConfigError, match="ksync-server migrate"):
         schema.require_current(database)
     database.close()
