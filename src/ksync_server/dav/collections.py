@@ -174,13 +174,21 @@ def timezone_id(timezone: str) -> str | None:
 
 def _vtimezone(timezone: str) -> ical.Component | None:
     """The VTIMEZONE of a stored calendar-timezone property; it was checked when it was stored."""
-    if not timezone:
-        return None
+    return _first_timezone(xml.parse(timezone.encode()).text) if timezone else None
+
+
+def _first_timezone(text: str) -> ical.Component | None:
     try:
-        calendar = ical.parse(xml.parse(timezone.encode()).text.strip().encode())
+        calendar = ical.parse(text.strip().encode())
     except ical.BadCalendar:
         return None
     return next((child for child in calendar.children if child.name == "VTIMEZONE"), None)
+
+
+def zone_in(text: str) -> datetime.tzinfo | None:
+    """The time zone of an iCalendar text with a VTIMEZONE; None where it has none."""
+    component = _first_timezone(text)
+    return recurrence.zone_from(component) if component else None
 
 
 # -- changing -------------------------------------------------------------------------------------

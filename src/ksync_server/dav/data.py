@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ksync_server import settings as configuration
 from ksync_server.dav import filters, objects
 from ksync_server.dav.places import Kind
-from ksync_server.errors import CALDAV, CARDDAV, BadRequest, Forbidden, InsufficientStorage
+from ksync_server.errors import CALDAV, CARDDAV, BadRequest, ClientError, Forbidden, InsufficientStorage
 from ksync_server.wire import ical, recurrence, vcard
 from ksync_server.wire.xml import Element
 
@@ -143,48 +143,80 @@ def _name(element: Element) -> str:
     return name
 
 
-def render(asked: DataRequest, content: bytes, zone: datetime.tzinfo, limits: configuration.Dav) -> str:
-    """An object's content as asked.
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What is answered of one object's content: text, not yet escaped, or the error that stands for it."""
+
+    text: str = ""
+    error: ClientError | None = None
+
+
+_GENEROUS = 5  # objects of one answer that may use up their budget
+_STINGY = 20  # the others get this part of it: real recurrences need still less
+
+
+class Renderer:
+    """Contents of the objects of one answer as asked; one thread at a time.
 
     Args:
-        content: as stored.
         zone: for floating times.
-
-    Returns:
-        Text, not yet escaped for XML.
-
-    Raises:
-        InsufficientStorage: the expansion needs more steps or instances than one object may take.
-
-    Spec: RFC 4791 §9.6.1 to §9.6.7, RFC 6352 §10.4.2.
-    Cost: none for the whole object; else one parse, and for expand the object's budget: run it in the pool.
     """
-    if asked.whole:
-        return content.decode("utf-8")
-    if asked.props is not None:
-        return vcard.select(vcard.parse(content, objects.STORED_CARD), asked.props)
-    calendar = ical.parse(content, objects.STORED)
-    if asked.needs_zone:
-        calendar = _in_range(asked, calendar, zone, limits)
-    if asked.selection is not None and asked.selection.name == calendar.name:
-        return ical.select(calendar, asked.selection)
-    return ical.serialise(calendar)
 
+    def __init__(self, asked: DataRequest, zone: datetime.tzinfo, limits: configuration.Dav) -> None:
+        self._asked = asked
+        self._zone = zone
+        self._budget = objects.budget(limits)
+        self._exhausted = 0
+        self._left_bytes = limits.max_answer_bytes
 
-def _in_range(
-    asked: DataRequest, calendar: ical.Component, zone: datetime.tzinfo, limits: configuration.Dav
-) -> ical.Component:
-    budget = objects.budget(limits)
-    if asked.limit_freebusy:
+    @property
+    def is_quick(self) -> bool:
+        """Whether the event loop may call `payload`."""
+        return self._asked.whole
+
+    def payload(self, content: bytes) -> Payload:
+        """One object's part of the answer; 507 for one with more instances than it may have, or where the
+        whole answer became too large.
+
+        Spec: RFC 4791 §9.6.1 to §9.6.7, RFC 6352 §10.4.2.
+        Cost: none for the whole object; else one parse, and for expand at most the object's budget.
+        """
+        if self._asked.whole:
+            return Payload(content.decode("utf-8"))
+        if self._left_bytes <= 0:
+            return Payload(error=InsufficientStorage("The answer is too large."))
+        try:
+            text = self._render(content)
+        except recurrence.TooManySteps:
+            self._exhausted += 1
+            if self._exhausted == _GENEROUS:
+                steps, instances = self._budget.max_steps, self._budget.max_instances
+                self._budget = recurrence.Budget(steps // _STINGY, instances)
+            return Payload(error=InsufficientStorage("The object has too many instances in this range."))
+        self._left_bytes -= len(text)
+        return Payload(text)
+
+    def _render(self, content: bytes) -> str:
+        asked = self._asked
+        if asked.props is not None:
+            return vcard.select(vcard.parse(content, objects.STORED_CARD), asked.props)
+        calendar = ical.parse(content, objects.STORED)
+        if asked.needs_zone:
+            calendar = self._in_range(calendar)
+        if asked.selection is not None and asked.selection.name == calendar.name:
+            return ical.select(calendar, asked.selection)
+        return ical.serialise(calendar)
+
+    def _in_range(self, calendar: ical.Component) -> ical.Component:
+        asked = self._asked
         found = ical.check_object(calendar, objects.STORED)
-        calendar = recurrence.limit_freebusy_set(
-            found, asked.limit_freebusy.start, asked.limit_freebusy.end, zone
-        )
-    chosen = asked.expand or asked.limit_recurrence
-    if chosen is None:
-        return calendar
-    cut = recurrence.expand if asked.expand else recurrence.limit_recurrence_set
-    try:
-        return cut(ical.check_object(calendar, objects.STORED), chosen.start, chosen.end, zone, budget)
-    except recurrence.TooManySteps:
-        raise InsufficientStorage("The object has too many instances in this range.") from None
+        if asked.limit_freebusy:
+            calendar = recurrence.limit_freebusy_set(
+                found, asked.limit_freebusy.start, asked.limit_freebusy.end, self._zone
+            )
+            found = ical.check_object(calendar, objects.STORED)
+        chosen = asked.expand or asked.limit_recurrence
+        if chosen is None:
+            return calendar
+        cut = recurrence.expand if asked.expand else recurrence.limit_recurrence_set
+        return cut(found, chosen.start, chosen.end, self._zone, self._budget)

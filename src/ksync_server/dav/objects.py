@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -110,9 +111,8 @@ _NEW_TOMBSTONE = sa.insert(t.tombstone).values(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """One object's row."""
+class StoredObject(NamedTuple):
+    """One object's row, in the order of `COLUMNS`; renderers take the bare row alike."""
 
     name: str
     seq: int  # change number of its content: ETag and sync position
@@ -156,6 +156,11 @@ def state(tx: Read, collection_id: int, found: StoredObject | None) -> ResourceS
     if found is None:
         return ABSENT
     return ResourceState(True, changes.etag(tx.generation, collection_id, found.seq), found.modified_at)
+
+
+def etag(tx: Read, collection: Collection, seq: int) -> str:
+    """The bare strong ETag of an object whose content last changed at `seq`."""
+    return changes.etag(tx.generation, collection.id, seq)
 
 
 def content(tx: Read, found: StoredObject) -> Content:

@@ -17,7 +17,7 @@ from ksync_server.auth.gate import Identity
 from ksync_server.dav import collections, data, places
 from ksync_server.dav.collections import Collection
 from ksync_server.dav.places import Kind, Level
-from ksync_server.errors import CALDAV, CARDDAV, DAV, ClientError
+from ksync_server.errors import CALDAV, CARDDAV, DAV
 from ksync_server.http import Request
 from ksync_server.store import changes
 from ksync_server.store.database import Row
@@ -266,10 +266,9 @@ _ADDRESSBOOK: dict[str, Render[Listed]] = {
     ),
 }
 LIVE = {Kind.CALENDAR: _CALENDAR, Kind.ADDRESSBOOK: _ADDRESSBOOK}
-"""What the server computes for a collection. Clients may set calendar-timezone-id and
-schedule-calendar-transp among these, and everything that is not among these."""
+"""What the server computes for a collection, some of it only until a client sets it."""
 
-SETTABLE = frozenset({collections.TIMEZONE_ID, CALDAV + "schedule-calendar-transp"})
+SETTABLE = frozenset({DAV + "displayname", collections.TIMEZONE_ID, CALDAV + "schedule-calendar-transp"})
 """Computed only until a client sets them."""
 
 # Stored properties that allprop leaves out, as their standards ask (RFC 4791 §5.2, RFC 6352 §6.2).
@@ -308,6 +307,9 @@ _OBJECT: dict[str, Render[Row]] = {
     DAV + "supported-report-set": lambda *_: _reports(()),
     DAV + "resource-id": _object_id,
 }
+
+PROTECTED = frozenset({*_CALENDAR, *_ADDRESSBOOK, *_OBJECT, *_PRINCIPAL, DAV + "getetag"}) - SETTABLE
+"""Properties that no client can set or remove (RFC 4918 §9.2)."""
 
 # Of every resource that has them (RFC 4918 §15).
 _ALLPROP = (
@@ -405,14 +407,6 @@ class Collections:
         return self._entries.response(self.href(one.collection.name), one, one.stored)
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """What a report answers of one object's content: text, or the error that stands for it."""
-
-    text: str = ""
-    error: ClientError | None = None
-
-
 class Objects:
     """Responses for members of one collection, from bare rows (`objects.COLUMNS`).
 
@@ -442,7 +436,7 @@ class Objects:
             )
         self._entries = Entries(asked, live)
 
-    def response(self, row: Row, payload: Payload | None = None) -> str:
+    def response(self, row: Row, payload: data.Payload | None = None) -> str:
         """One object."""
         href = self._href + grammar.quote_segment(row[_NAME])
         if payload is None or self._data is None:
@@ -453,14 +447,9 @@ class Objects:
             extra = webdav.propstat(200, xml.tag(self._data.name, xml.escape(payload.text)))
         return self._entries.response(href, row, None, extra)
 
-    def responses(self, rows: Sequence[Row]) -> str:
-        """Many objects without their content."""
-        return "".join([self.response(row) for row in rows])
 
-
-def refuse(request: Request, instructions: Sequence[webdav.Instruction], href: str) -> str:
+def refuse(instructions: Sequence[webdav.Instruction], href: str) -> str:
     """The answer of a PROPPATCH where no property can be set (RFC 4918 §9.2.1)."""
     names = "".join([xml.empty(each.name) for each in instructions])
     error = f"<d:error>{xml.empty(DAV + 'cannot-modify-protected-property')}</d:error>"
     return webdav.multistatus([webdav.response(href, webdav.propstat(403, names, error))])
-
