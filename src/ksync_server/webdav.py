@@ -575,7 +575,7 @@ def prefer(request: Request) -> headers.Prefer:
 def applied(
     wanted: headers.Prefer, *, minimal: bool = False, noroot: bool = False
 ) -> list[tuple[bytes, bytes]]:
-    """Response headers that say which preferences were honoured.
+    """Response headers that say which preferences were honoured, and that others would be answered otherwise.
 
     Args:
         wanted: what the request prefers.
@@ -584,11 +584,13 @@ def applied(
 
     Spec: RFC 7240 §2, §3; RFC 8144 §2, §3.
     """
-    names = [b"return=minimal"] * (wanted.minimal and minimal) + [b"depth-noroot"] * (
-        wanted.depth_noroot and noroot
-    )
-    found = [(b"vary", b"prefer, brief")]
-    return [(b"preference-applied", b", ".join(names)), *found] if names else found
+    names = []
+    if wanted.minimal and minimal:
+        names.append(b"return=minimal")
+    if wanted.depth_noroot and noroot:
+        names.append(b"depth-noroot")
+    vary = (b"vary", b"prefer, brief")
+    return [(b"preference-applied", b", ".join(names)), vary] if names else [vary]
 
 
 def too_large(limit: int) -> BodyTooLarge:
