@@ -140,6 +140,14 @@ def _permissions(row: Row, asked: _Asked, _: object) -> str:
     return f"<oc:permissions>{rights}</oc:permissions>"
 
 
+def _supported_lock(row: Row, asked: _Asked, _: object) -> str:
+    """The drive's own folders take no locks (see `locks.lockable`)."""
+    grant = asked.view.grant
+    if row[_FOLDER] and row[_ID] in (grant.root_id, grant.trash_id, grant.common_id):
+        return "<d:supportedlock/>"
+    return _SUPPORTED_LOCK
+
+
 def _discovery(_: Row, asked: _Asked, held: tuple[locks.Lock, ...]) -> str:
     if not held:
         return "<d:lockdiscovery/>"
@@ -172,7 +180,7 @@ _RFC4918: dict[str, Render] = {
         lambda row: f"<d:getcontenttype>{xml.escape(content_type(row[_NAME], row[_TYPE]))}</d:getcontenttype>"
     ),
     _D + "creationdate": lambda row, _, __: f"<d:creationdate>{_iso(row)}</d:creationdate>",
-    _D + "supportedlock": lambda *_: _SUPPORTED_LOCK,
+    _D + "supportedlock": _supported_lock,
     _D + "lockdiscovery": _discovery,
 }
 _NAMED_ONLY: dict[str, Render] = {
