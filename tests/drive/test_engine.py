@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ from conformance.names import NASTY_NAMES
 from ksync_server.drive import engine, tree
 from ksync_server.errors import BadRequest, ClientError, Unavailable
 from ksync_server.http import Response
-from ksync_server.settings import Database as DatabaseSettings
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
 from ksync_server.wire import xml
@@ -523,10 +523,8 @@ def test_locks_stay_behind_when_what_they_locked_moves(client: Client) -> None:
     assert client.put("/file").status == 201
 
 
-def test_another_process_sees_a_lock_at_once(
-    drive: Drive, make_client: MakeClient, database_url: str
-) -> None:
-    database = Database(DatabaseSettings(url=database_url), threads=2)
+def test_another_process_sees_a_lock_at_once(drive: Drive, make_client: MakeClient) -> None:
+    database = Database(drive.settings.database, threads=2)
     here = make_client()
     there = Client(Drive(database, drive.blobs, drive.settings, drive.alice, drive.bob))
     try:
@@ -601,6 +599,22 @@ def test_a_set_time_is_the_time_and_makes_no_new_version(client: Client, sent: s
     assert mtime(client, "/file") == "1500000000"
     head = client.send("HEAD", "/file").headers
     assert (head["etag"], head["last-modified"]) == (etag, "Fri, 14 Jul 2017 02:40:00 GMT")
+
+
+def test_the_checksum_that_rclone_sends_with_a_time_must_be_right(client: Client) -> None:
+    client.put("/file", b"content")
+    time = "<d:lastmodified>1500000000</d:lastmodified>"
+    checksum = '<o:checksums xmlns:o="http://owncloud.org/ns"><o:checksum>{}</o:checksum></o:checksums>'
+    right = f"SHA1:{hashlib.sha1(b'content').hexdigest()}"
+    wrong = f"SHA1:{hashlib.sha1(b'other').hexdigest()}"
+    answer = client.send("PROPPATCH", "/file", patch(set_(time + checksum.format(wrong))))
+    assert sorted(statuses(answer).values()) == [409, 424]
+    assert mtime(client, "/file") != "1500000000"
+    answer = client.send("PROPPATCH", "/file", patch(set_(time + checksum.format(f"MD5:0 {right}"))))
+    assert sorted(statuses(answer).values()) == [200, 200]
+    assert mtime(client, "/file") == "1500000000"
+    folder = client.send("PROPPATCH", "/", patch(set_(checksum.format(right))))
+    assert list(statuses(folder).values()) == [409]
 
 
 def test_a_time_that_is_none_is_a_conflict(client: Client) -> None:

@@ -35,6 +35,7 @@ from ksync_server import errors, http, webdav
 from ksync_server.drive import conditions, locks, tree
 from ksync_server.http import Request, Response
 from ksync_server.settings import Settings
+from ksync_server.store import blobs
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Write
 from ksync_server.wire import headers as grammar
@@ -51,6 +52,7 @@ _OC = "{http://owncloud.org/ns}"
 _TIMES = frozenset({"{DAV:}getlastmodified", "{DAV:}lastmodified", f"{_MS}Win32LastModifiedTime"})
 # Every other DAV: name is ours or the standard's; displayname is the name that people see (RFC 4918 §15).
 _DEAD_DAV = frozenset({"{DAV:}getcontentlanguage"})
+_CHECKSUMS = f"{_OC}checksums"
 _PROTECTED_OC = frozenset(f"{_OC}{name}" for name in ("checksums", "fileid", "id", "permissions", "size"))
 _LAST_S = 253402300799  # the last second of the year 9999, and so of every date format
 
@@ -391,6 +393,7 @@ class _Patch:
         self._applied = 0
         node = run.place(path).node
         assert node is not None, "WsgiDAV answered 404 where nothing is"
+        self._node = node
         self._names = {name for (name,) in run.tx.fast(_NAMES, {"node_id": node.id})}
 
     def attempt(self, name: str) -> None:
@@ -418,6 +421,8 @@ class _Patch:
             if mtime_ms is None:
                 update.status = 409
             return lambda work: tree.set_mtime(work.change, work.node_id(path), mtime_ms or 0)
+        if name == _CHECKSUMS and update.value is not None:
+            return self._check_content(update, update.value)
         if name in _TIMES or name in _PROTECTED_OC or (name.startswith("{DAV:}") and name not in _DEAD_DAV):
             update.status, update.precondition = 403, _PROTECTED
             return lambda work: None
@@ -430,6 +435,21 @@ class _Patch:
         if len(source.encode()) > limits.max_property_bytes or len(self._names) > limits.max_properties:
             update.status = 507
         return lambda work: _set_property(work, path, name, source)
+
+    def _check_content(self, update: _Update, value: xml.Element) -> Step:
+        """rclone sends the checksums along with every time it sets: the right SHA-1 changes nothing."""
+        node = self._node
+        known = None if node.blob_id is None else blobs.content(self._run.tx, node.blob_id).sha1.hex()
+        given = {word.lower() for element in value.walk() for word in element.text.split()}
+        if known is None or f"sha1:{known}" not in given:
+            update.status = 409
+
+        def step(work: _Work) -> None:
+            now = work.places[self._path].node
+            if now is None or now.blob_id != node.blob_id:
+                raise _Stale
+
+        return step
 
     def answer(self, href: str) -> str:
         """The multistatus: one propstat for each status (RFC 4918 §9.2.1)."""
