@@ -11,10 +11,10 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import overload
+from typing import Any, overload
 
 import sqlalchemy as sa
 
@@ -220,6 +220,10 @@ class Gate:
         self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.sync)
         self.passwords = passwords.AccountPasswords(settings.auth)
         self._notes = _Notes(database, settings.auth.last_used_s)
+
+    def flush(self) -> None:
+        """Wait until the notes of uses and refusals so far are written; requests never do."""
+        self._notes.flush()
 
     # -- who is it ----------------------------------------------------------------------------------
 
@@ -467,6 +471,7 @@ class _Notes:
         self._lock = threading.Lock()
         self._uses: dict[int, _Use] = {}  # not written yet
         self._writing = False
+        self._queued: set[Future[Any]] = set()
         self._noted: OrderedDict[tuple[str, object], float] = OrderedDict()  # what -> monotonic time
 
     def use(self, last_used_at: int | None, use: _Use) -> None:
@@ -517,13 +522,28 @@ class _Notes:
     def later(self, fn: Callable[[Write], object]) -> None:
         """Queue a write; what becomes of it is the log's business alone."""
         try:
-            self._database.submit(fn).add_done_callback(self._done)
-        except Unavailable:  # the process is stopping
-            self._done(None)
+            future = self._database.submit(fn)
+        except Unavailable as error:  # the process is stopping
+            self._failed(error)
+            return
+        with self._lock:
+            self._queued.add(future)
+        future.add_done_callback(self._done)
 
-    def _done(self, future: Future[object] | None) -> None:
-        problem = future.exception() if future is not None and not future.cancelled() else None
-        if future is None or problem is not None:
-            log.warning("a note was not written", extra={"reason": str(problem or "stopping")})
-            with self._lock:
-                self._writing = False
+    def _done(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._queued.discard(future)
+        problem = future.exception()
+        if problem is not None:
+            self._failed(problem)
+
+    def _failed(self, problem: BaseException) -> None:
+        log.warning("a note was not written", extra={"reason": str(problem)})
+        with self._lock:
+            self._writing = False
+
+    def flush(self) -> None:
+        """Wait until what was queued is written or has failed."""
+        with self._lock:
+            queued = tuple(self._queued)
+        wait(queued)

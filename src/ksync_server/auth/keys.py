@@ -61,7 +61,7 @@ class Keys:
         name, _, rest = sealed.partition(b":")
         try:
             return AESGCM(self._set(name.decode("ascii")).seal).decrypt(rest[:_NONCE], rest[_NONCE:], name)
-        except InvalidTag:
+        except (InvalidTag, ValueError):
             raise ConfigError(
                 "A stored secret does not open: the key file belongs to another store."
             ) from None
@@ -92,7 +92,8 @@ def load(path: Path) -> Keys:
         keys = Keys(table["current"], sets)
         if any(len(each.pepper) < 32 or len(each.seal) != 32 for each in sets.values()):
             raise ConfigError(f"{path}: a key is too short.")
-        keys._set(keys.current)
+        if keys.current not in sets or any(":" in name for name in sets):
+            raise ConfigError(f"{path}: current names a key set; names have no colon.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     return keys
@@ -116,3 +117,8 @@ def _create(path: Path) -> None:
         pass
     finally:
         part.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

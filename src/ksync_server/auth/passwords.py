@@ -31,12 +31,11 @@ T = TypeVar("T")
 # -- application passwords ------------------------------------------------------------------------
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # without i, l, o and u
-_TYPED = str.maketrans(
-    {
-        **{letter.upper(): letter for letter in _ALPHABET},
-        **{"o": "0", "O": "0", "i": "1", "I": "1", "l": "1", "L": "1"},
-        **dict.fromkeys("-\u2010\u2011\u2012\u2013\u00ad"),  # hyphens, as word processors change them
-    }
+_HYPHENS = "-\u2010\u2011\u2012\u2013\u00ad"  # as keyboards and word processors write them
+_TYPED = (
+    str.maketrans(_ALPHABET.upper(), _ALPHABET)
+    | str.maketrans("oOiIlL", "001111")
+    | str.maketrans("", "", _HYPHENS)
 )
 _BASE_32 = str.maketrans(_ALPHABET, "0123456789abcdefghijklmnopqrstuv")
 _PRIME = 32_749  # the largest below 2^15

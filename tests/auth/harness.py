@@ -1,0 +1,139 @@
+"""What tests of the door share: a store with accounts, and log-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pyotp
+
+from ksync_server import settings
+from ksync_server.auth import accounts, keys, offers, secondfactor
+from ksync_server.auth.accounts import Account
+from ksync_server.auth.gate import (
+    Credentials,
+    DriveGrant,
+    DriveTarget,
+    Gate,
+    HomeGrant,
+    HomeTarget,
+    Identity,
+    Service,
+)
+from ksync_server.http import Peer
+from ksync_server.store import schema
+from ksync_server.store.database import Database, Write
+
+T = TypeVar("T")
+PASSWORD = "a long enough pass phrase"
+PEER = Peer("192.0.2.7", True, "DAVx5/4.5")
+SYNC_HOST = "sync.example.org"
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A store, its keys and its gate."""
+
+    settings: settings.Settings
+    database: Database
+    keys: keys.Keys
+    offers: offers.Offers
+    gate: Gate
+
+    @staticmethod
+    @contextlib.contextmanager
+    def opened(url: str, folder: Path, **auth: Any) -> Iterator[Door]:
+        """A migrated store; `auth` changes settings of the door."""
+        every = settings.Settings(
+            database=settings.Database(url=url),
+            hosts=settings.Hosts(sync=(SYNC_HOST, "dav.example.org")),
+            auth=settings.Auth(
+                **{
+                    "key_file": folder / "keys.toml",
+                    "argon2_memory_kib": 8,
+                    "argon2_time": 1,
+                    **auth,
+                }
+            ),
+        )
+        database = Database(every.database, threads=4)
+        schema.migrate(database)
+        ring, table = keys.load(every.auth.key_file), offers.load(None)
+        try:
+            yield Door(every, database, ring, table, Gate(every, database, ring, table))
+        finally:
+            database.close()
+
+    def another_process(self, **auth: Any) -> Door:
+        """The gate of another worker over the same store."""
+        every = msgspec.structs.replace(
+            self.settings, auth=msgspec.structs.replace(self.settings.auth, **auth)
+        )
+        return replace(self, settings=every, gate=Gate(every, self.database, self.keys, self.offers))
+
+    def write(self, fn: Callable[[Write], T]) -> T:
+        """Run a change."""
+        return self.database.write(fn)
+
+    def account(self, name: str = "alice", **options: Any) -> Account:
+        """A new account `<name>@example.org` with PASSWORD."""
+        hashed = self.gate.passwords.hash(PASSWORD)
+        return self.write(
+            lambda tx: accounts.create_account(
+                tx,
+                **{
+                    "login_email": f"{name}@example.org",
+                    "display_name": name.title(),
+                    "password_hash": hashed,
+                    "sync_hosts": self.settings.hosts.sync,
+                    **options,
+                },
+            )
+        )
+
+    def app_password(self, account: Account, *scopes: str, name: str = "phone") -> tuple[int, str]:
+        """A new application password: its id, and the secret as shown."""
+        number, secret = self.write(
+            lambda tx: accounts.create_app_password(tx, self.keys, account, name, scopes or accounts.SCOPES)
+        )
+        return number, secret.shown
+
+    def turn_on_second_factor(self, account: Account) -> str:
+        """Turn 2FA on; returns a TOTP secret."""
+        made = self.write(lambda tx: secondfactor.enrol_totp(tx, self.keys, account, "app", "ksync"))
+        now = time.time()
+        code = pyotp.TOTP(made.secret).at(int(now))
+        self.write(lambda tx: secondfactor.confirm(tx, self.keys, account, code, window_steps=1, now=now))
+        return made.secret
+
+    def drive(self, offer: str, *members: Account, organization: int | None = None) -> int:
+        """A new drive under an offer."""
+
+        def create(tx: Write) -> int:
+            home = organization or accounts.create_organization(tx, "Example")
+            number = accounts.create_drive(tx, accounts.create_product(tx, home, offer), "Team files")
+            for member in members:
+                accounts.put_member(tx, home, member, "collaborator")
+                accounts.add_drive_member(tx, number, member)
+            return number
+
+        return self.write(create)
+
+    def log_in(self, name: str, secret: str, service: Service = Service.DRIVE) -> Identity:
+        """Identify."""
+        return self.gate.identify(Credentials(name, secret), PEER, service=service)
+
+    def home(self, identity: Identity, service: Service, owner: str, verb: str = "PROPFIND") -> HomeGrant:
+        """Authorize for a home."""
+        with self.database.read() as tx:
+            return self.gate.authorize(tx, identity, HomeTarget(service, owner), verb)
+
+    def enter(self, identity: Identity, drive_id: int, verb: str = "PROPFIND") -> DriveGrant:
+        """Authorize for a drive."""
+        with self.database.read() as tx:
+            return self.gate.authorize(tx, identity, DriveTarget(drive_id), verb)
