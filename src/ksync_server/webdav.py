@@ -39,21 +39,20 @@ def limits(settings: configuration.Xml) -> xml.XmlLimits:
     return xml.XmlLimits(settings.max_bytes, settings.max_depth, settings.max_elements)
 
 
-async def read_xml(
-    request: Request, settings: configuration.Xml, *, other_types: bool = False
-) -> Element | None:
+async def read_xml(request: Request, settings: configuration.Xml) -> Element | None:
     """The body as one XML element, None for an empty one; declared length and chunks alike.
+
+    A MKCOL may have a body of any type, so one that is neither XML nor said to be is not malformed there but
+    of a type that means nothing (the Obsidian plugins probe with it and take no other answer).
 
     Args:
         request: its body is read here, and must not have been before.
         settings: the limits.
-        other_types: the method may have bodies of other types (MKCOL), so one that is neither XML nor said
-            to be is of a type not known here, not malformed.
 
     Raises:
         BodyTooLarge: over the limit; before a byte is read when the length was declared.
         BadRequest: not well-formed, a DOCTYPE, too deep.
-        UnsupportedMedia: a Content-Encoding, or another type.
+        UnsupportedMedia: a Content-Encoding, or a MKCOL with another type.
         ClientGone: cut off.
 
     Spec: RFC 4918 §8.2, §9.3. Cost: linear; in memory up to `settings.max_bytes`.
@@ -68,17 +67,28 @@ async def read_xml(
         return xml.parse(body, limits(settings))
     except BadRequest:
         kind, _ = headers.parse_content_type(request.headers.get("content-type"))
-        if other_types and kind not in ("application/xml", "text/xml"):
+        if request.method == "MKCOL" and kind not in ("application/xml", "text/xml"):
             raise UnsupportedMedia("A body of this type means nothing here.") from None
         raise
 
 
 @dataclass(frozen=True, slots=True)
 class Propfind:
-    """What a PROPFIND asks for, in order, without repetitions."""
+    """What a PROPFIND or REPORT asks for, in order, without repetitions.
+
+    Raises:
+        BadRequest: more than 500 properties, each of which would be in every row of the answer.
+    """
 
     kind: Literal["prop", "allprop", "propname"]
     names: tuple[str, ...] = ()  # of prop, or of allprop's include
+
+    def __post_init__(self) -> None:
+        if len(self.names) > _MAX_NAMES:
+            raise BadRequest(f"At most {_MAX_NAMES} properties can be asked for at once.")
+
+
+_MAX_NAMES = 500  # the longest list of a real program has some 60
 
 
 def parse_propfind(body: Element | None) -> Propfind:
