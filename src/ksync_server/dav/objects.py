@@ -281,13 +281,7 @@ def _card(data: bytes, _: datetime.tzinfo, limits: configuration.Dav) -> Prepare
     allowed = vcard.CardLimits(limits.max_object_bytes, limits.max_properties)
     card = vcard.check_card(vcard.parse(data, allowed), allowed)
     facts = occurrences.Facts(None, None, False, False)
-    return Prepared(
-        card.uid or "",
-        "VCARD",
-        f"text/vcard; charset=utf-8; version={card.version}",
-        facts,
-        filters.folded(card),
-    )
+    return Prepared(card.uid or "", "VCARD", "text/vcard; charset=utf-8", facts, filters.folded(card))
 
 
 def check_fits(
