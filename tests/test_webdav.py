@@ -105,6 +105,34 @@ def test_a_body_declared_too_large_is_refused_before_it_is_read() -> None:
     assert not asked.body.started
 
 
+def test_a_large_body_is_parsed_beside_other_requests() -> None:
+    asked = request(pieces=(b"<a>" + b"<b/>" * 40_000 + b"</a>",))
+    others = 0
+
+    async def both() -> Element | None:
+        async def another() -> None:
+            nonlocal others
+            while True:
+                others += 1
+                await asyncio.sleep(0)
+
+        going = asyncio.create_task(another())
+        found = await webdav.read_xml(asked, settings.Xml())
+        going.cancel()
+        return found
+
+    found = asyncio.run(both())
+    assert found is not None
+    assert len(found.children) == 40_000
+    assert others > 1
+
+
+@pytest.mark.parametrize("body", [b"<a>" * 40_000, b"<a>" + b" " * 200_000])
+def test_a_large_body_is_refused_like_a_small_one(body: bytes) -> None:
+    with pytest.raises(BadRequest):
+        asyncio.run(webdav.read_xml(request(pieces=(body,)), settings.Xml()))
+
+
 def test_a_compressed_body_is_refused() -> None:
     with pytest.raises(UnsupportedMedia):
         read(request(pieces=(b"<a/>",), content_encoding="gzip"))
