@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import socket
 import time
@@ -67,7 +68,8 @@ class Answer:
         """Clark names of the elements in a DAV:error body, or in those of a multistatus."""
         if not self.body.lstrip().startswith(b"<"):
             return ()
-        return tuple(child.tag for error in self.xml.iter(f"{DAV}error") for child in error)
+        found = (child.tag for error in self.xml.iter(f"{DAV}error") for child in error)
+        return tuple(tag for tag in found if tag != f"{DAV}responsedescription")
 
     @property
     def rows(self) -> list[Row]:
@@ -128,6 +130,9 @@ class Client:
         if self._connection:
             self._connection.close()
             self._connection = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def path(self, target: str) -> str:
         """Request target for a URL, an absolute path, or a path below the base URL."""
@@ -221,13 +226,12 @@ class Client:
         assert own in paths, f"a listing contains the collection itself; {own} not in {paths[:5]}"
         return {path.removeprefix(own + "/") for path in paths if path != own}
 
-    def raw(self, payload: bytes, *, timeout: float = 5.0, close_after: bool = False) -> bytes:
+    def raw(self, payload: bytes, *, timeout: float = 5.0) -> bytes:
         """Bytes in, bytes out: what the server says to exactly this until it closes or falls silent."""
         base = urlsplit(self.base)
         with socket.create_connection((base.hostname or "", base.port or 80), timeout=timeout) as connection:
-            connection.sendall(payload)
-            if close_after:
-                return b""
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(payload)
             return read_answer(connection)
 
     def head(self, method: str, target: str, *fields: str) -> bytes:

@@ -235,7 +235,7 @@ def test_two_ranges_are_two_parts_or_the_whole(folder: Collection) -> None:
     answer = folder.client.request("GET", folder / "file", None, {"Range": "bytes=0-4,50-54"})
     if answer.status == 206:
         assert answer.header("Content-Type").startswith("multipart/byteranges")
-        assert answer.body.count(b"Content-Range: bytes") == 2
+        assert answer.body.lower().count(b"content-range: bytes") == 2
     else:
         assert (answer.status, len(answer.body)) == (200, 100)
 
@@ -272,7 +272,7 @@ def test_webdav_methods_are_never_redirected(tree: Collection) -> None:
     for method in ("PROPFIND", "GET", "PROPPATCH", "LOCK", "DELETE"):
         body = LOCK % "exclusive" if method == "LOCK" else None
         answer = tree.client.request(
-            method, tree / "a", body, {"Depth": "infinity" if method == "LOCK" else "0"}
+            method, tree / "a", body, {"Depth": "0"} if method == "PROPFIND" else None
         )
         assert answer.status not in (301, 302, 303, 307, 308), method
         if method == "LOCK":
@@ -700,13 +700,18 @@ def test_the_if_header(folder: Collection) -> None:
 
 @pytest.mark.parametrize("name", NASTY_NAMES)
 def test_nasty_names_round_trip(folder: Collection, name: str) -> None:
+    listed = unicodedata.normalize("NFC", name)  # a server may say a name in its composed form
+
+    def members() -> set[str]:
+        return {unicodedata.normalize("NFC", member) for member in folder.members()}
+
     assert put(folder, name, name.encode()).status == 201
-    assert folder.members() == {name}
+    assert members() == {listed}
     assert get(folder, name).body == name.encode()
     assert transfer("COPY", folder, esc(name), "copy").status == 201
     assert folder.client.request("DELETE", folder / esc(name)).status == 204
     assert transfer("MOVE", folder, "copy", esc(name)).status == 201
-    assert folder.members() == {name}
+    assert members() == {listed}
     assert folder.client.request("MKCOL", folder / "sub/").status == 201
     assert transfer("MOVE", folder, esc(name), f"sub/{esc(name)}").status == 201
     assert transfer("COPY", folder, "sub/", f"{esc(name)}/").status == 201

@@ -52,5 +52,5 @@ def test_litmus_in_host_form(target: Target, tmp_path: Path, suite: str) -> None
     """As on `<id>.connect.<domain>`; litmus reaches that name through the server as if it were a proxy."""
     drive = target.account("alice")["drives"][0]
     here = urlsplit(target.drive_url)
-    arguments = ["-p", f"http://{here.netloc}", drive["host_url"], target.login, target.password]
+    arguments = [f"--proxy=http://{here.netloc}", drive["host_url"], target.login, target.password]
     run(suite, arguments, tmp_path)
