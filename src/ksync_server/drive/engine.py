@@ -41,8 +41,6 @@ from ksync_server.store.database import Database, Read, Write
 from ksync_server.wire import headers as grammar
 from ksync_server.wire import xml
 
-METHODS = frozenset({"MKCOL", "LOCK", "UNLOCK", "PROPPATCH", "COPY", "MOVE", "DELETE"})
-
 _ALLOW = b"OPTIONS, GET, HEAD, PUT, PROPFIND, PROPPATCH, COPY, MOVE, DELETE, LOCK, UNLOCK"  # of what exists
 _ATTEMPTS = 8
 _PROTECTED = "{DAV:}cannot-modify-protected-property"
@@ -733,7 +731,7 @@ class Engine:
         self._trees.shutdown(wait=True, cancel_futures=True)
 
     async def handle(self, request: Request, open_view: OpenView) -> Response:
-        """Carry out one of `METHODS`.
+        """Carry out a request whose verb is the engine's.
 
         Args:
             open_view: asked before the body is read and again in the transaction that changes something.
