@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import random
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from hypothesis import given
@@ -20,7 +23,7 @@ from ksync_server.drive import transfer
 from ksync_server.errors import BodyTooLarge, ClientError, ClientGone, Unavailable
 from ksync_server.http import Headers
 from ksync_server.store import tables as t
-from tests.drive.harness import GONE, Client, Drive, take, whole
+from tests.drive.harness import GONE, Client, Drive, closing, take, whole
 
 MIB = 1024 * 1024
 LARGE = bytes(range(256)) * 4096 + b"tail"  # 1 MiB and a bit: extents on disk
@@ -79,6 +82,59 @@ def test_cut_upload_keeps_the_previous_version_and_leaves_nothing(
     assert extents_on_disk(drive) == []
     assert rows(drive, t.stage) == 0
     assert rows(drive, t.blob) == 1
+
+
+def test_uploads_cut_at_two_hundred_points_leave_nothing(client: Client, drive: Drive) -> None:
+    client.put("/old", b"previous version")
+    points = random.Random(4918)
+    content = LARGE[:400_000]
+
+    async def attempts() -> None:
+        for number in range(200):
+            cut, size = points.randrange(len(content)), points.choice((1000, 16384, 65536))
+            pieces = [*pieces_of(content[:cut], size), GONE]
+            path = points.choice(("/old", "/new"))
+            length = len(content) if number % 2 else None
+            with pytest.raises(ClientGone):
+                await client.answer(client.request("PUT", path, {}, pieces, length=length))
+
+    asyncio.run(attempts())
+    assert client.send("GET", "/old").body == b"previous version"
+    assert client.send("GET", "/new").status == 404
+    assert extents_on_disk(drive) == []
+    assert rows(drive, t.stage) == 0
+    assert rows(drive, t.blob) == 1
+
+
+def test_a_slow_upload_keeps_its_lease_while_it_waits(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    drive.blobs.settings = msgspec.structs.replace(drive.blobs.settings, stage_lease_s=2.0)
+    every = msgspec.structs.replace(drive.settings, blobs=drive.blobs.settings)
+
+    def lease() -> int:
+        with drive.database.read() as tx:
+            return int(tx.execute(sa.select(t.stage.c.lease_until)).scalar_one())
+
+    renewed = asyncio.Event()
+    renew = drive.blobs.renew_stage
+
+    async def wait_for_renewal() -> bytes:
+        loop = asyncio.get_running_loop()
+
+        def renewing(stage_id: str) -> None:
+            before = lease()
+            renew(stage_id)
+            assert lease() >= before
+            loop.call_soon_threadsafe(renewed.set)
+
+        monkeypatch.setattr(drive.blobs, "renew_stage", renewing)
+        await asyncio.wait_for(renewed.wait(), 10)
+        return b"end"
+
+    with closing(Client(replace(drive, settings=every))) as client:
+        pieces = [*pieces_of(LARGE, 65536), wait_for_renewal]
+        request = client.request("PUT", "/a", {}, pieces, length=None)
+        assert asyncio.run(client.answer(request)).status == 201
+        assert client.send("GET", "/a").body == LARGE + b"end"
 
 
 def test_a_body_shorter_than_declared_is_a_cut_upload(client: Client, drive: Drive) -> None:
