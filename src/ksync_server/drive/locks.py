@@ -71,9 +71,6 @@ _OF_NODE = (
 _OF_DRIVE = (
     sa.select(*_COLUMNS).where(_L.drive_id == _P("drive_id"), _L.expires_at > _P("now")).order_by(_L.token)
 )
-_OF_TOKEN = sa.select(*_COLUMNS).where(
-    _L.drive_id == _P("drive_id"), _L.token == _P("token"), _L.expires_at > _P("now")
-)
 _COUNT = (
     sa.select(sa.func.count())
     .select_from(t.lock)
@@ -116,12 +113,6 @@ def _lock(row: tuple[object, ...]) -> Lock:
 
 
 # -- reading --------------------------------------------------------------------------------------
-
-
-def find(tx: Read, drive_id: int, token: str, now: int) -> Lock | None:
-    """The living lock of a drive with this token."""
-    row = tx.one(_OF_TOKEN, {"drive_id": drive_id, "token": token, "now": now})
-    return _lock(row) if row else None
 
 
 def on(tx: Read, node_id: int, now: int) -> tuple[Lock, ...]:

@@ -35,7 +35,7 @@ Parameters = Mapping[str, Any]
 
 _RETRIED = frozenset({"40001", "40P01"})  # serialization_failure, deadlock_detected
 _RETRIES = 8
-_GENERATION = sa.select(sa.literal_column("generation")).select_from(sa.table("store"))
+_GENERATION: sa.Select[tuple[str]] = sa.select(sa.literal_column("generation")).select_from(sa.table("store"))
 _GROUP_S = 0.02  # a group takes no further write after this, so that an idle writer waits little
 
 
