@@ -18,6 +18,10 @@ PEOPLE = ("alice", "bob", "carol", "dave")
 WITHOUT_SECOND_FACTOR = ("alice", "carol", "dave")
 PROPFIND = '<?xml version="1.0"?><D:propfind xmlns:D="DAV:"><D:prop><D:current-user-principal/></D:prop>'
 PROPFIND += "</D:propfind>"
+PROPPATCH = (
+    '<?xml version="1.0"?><D:propertyupdate xmlns:D="DAV:"><D:set><D:prop><D:displayname>x</D:displayname>'
+)
+PROPPATCH += "</D:prop></D:set></D:propertyupdate>"
 VARYING = {"date", "x-request-id", "request-id"}  # headers that differ between any two answers
 
 
@@ -198,7 +202,8 @@ def test_calendars_of_others_are_not_there(target: Target) -> None:
             f"/calendars/{sync_id}/any/one.ics",
         ):
             for method in ("PROPFIND", "GET", "DELETE", "PUT", "MKCALENDAR", "PROPPATCH"):
-                answer = client.request(method, path, None, {"Depth": "0"})
+                body = PROPPATCH if method == "PROPPATCH" else None
+                answer = client.request(method, path, body, {"Depth": "0"})
                 assert answer.status in (403, 404), (method, path, answer.status)
     client.close()
     seen = {
