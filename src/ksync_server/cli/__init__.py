@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ksync_server.cli import accounts
 from ksync_server.cli import demo as demonstration
 from ksync_server.cli.context import Context, Main
 
@@ -102,3 +103,4 @@ def migrate(context: Context, config: Path | None, overrides: tuple[str, ...], a
 
 
 main.add_command(demonstration.demo)
+accounts.register(main)

@@ -1,0 +1,342 @@
+"""The command line as an operator uses it: each command, its JSON, its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pyotp
+import pytest
+from click.testing import CliRunner, Result
+
+from ksync_server import settings
+from ksync_server.auth.gate import Credentials, DriveTarget, Gate, Service
+from ksync_server.cli import accounts as commands
+from ksync_server.cli.context import Context, Main
+from ksync_server.errors import Forbidden, NotAuthenticated
+from ksync_server.http import Peer
+from ksync_server.store import schema
+from ksync_server.store.database import Database
+from ksync_server.worker import open_services
+
+PASSWORD = "a long enough pass phrase"
+PEER = Peer("192.0.2.7", True, "curl")
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """The commands over one store."""
+
+    config: Path
+
+    def run(self, *words: str, given: str = "", code: int = 0) -> Result:
+        """Run a command; `given` is its standard input."""
+        group = Main("ksync-server")
+        commands.register(group)
+        result = CliRunner().invoke(group, words, input=given, obj=Context(self.config))
+        assert result.exit_code == code, (words, result.output)
+        return result
+
+    def json(self, *words: str, given: str = "") -> Any:
+        """Run a command with --json."""
+        result = self.run(*words, "--json", given=given)
+        return json.loads(result.stdout)
+
+    def refusal(self, *words: str, given: str = "", code: int = 1) -> str:
+        """Run a command that fails; what it says on standard error."""
+        result = self.run(*words, given=given, code=code)
+        assert result.stdout == ""
+        return result.stderr
+
+    def create(self, name: str = "alice", *options: str) -> str:
+        """A new account; its sync id."""
+        made = self.json(
+            "account",
+            "create",
+            f"{name}@example.org",
+            "--name",
+            name.title(),
+            *options,
+            given=PASSWORD + "\n",
+        )
+        return str(made["sync_id"])
+
+
+@pytest.fixture
+def shell(database_url: str, tmp_path: Path) -> Shell:
+    """An empty store of the current schema."""
+    config = tmp_path / "ksync.toml"
+    config.write_text(
+        f'[database]\nurl = "{database_url}"\n[auth]\nargon2_memory_kib = 8\nargon2_time = 1\n'
+        '[hosts]\nsync = ["sync.example.org"]\ndrive_suffix = "connect.example.org"\n'
+    )
+    database = Database(settings.load(config).database, threads=1)
+    schema.migrate(database)
+    database.close()
+    return Shell(config)
+
+
+@pytest.fixture
+def gate(shell: Shell) -> Iterator[Gate]:
+    """The door of a server that runs all the while."""
+    services = open_services(settings.load(shell.config))
+    yield services.gate
+    services.close()
+
+
+def log_in(gate: Gate, name: str, secret: str) -> Any:
+    return gate.identify(Credentials(name, secret), PEER, service=Service.SYNC)
+
+
+def test_an_operator_sets_up_a_family(shell: Shell, gate: Gate) -> None:
+    organization = shell.json("org", "create", "Example")["id"]
+    sync_id = shell.create(
+        "alice", "--sync-id", "ab12345", "--organization", str(organization), "--role", "administrator"
+    )
+    assert sync_id == "AB12345"
+    shell.create("bob")
+    member = shell.json("org", "member", "add", str(organization), "bob@example.org", "--role", "external")
+    assert member["role"] == "external"
+    product = shell.json("product", "create", str(organization), "ksuite-pro")
+    assert product["offer"] == "ksuite-business"
+    drive = shell.json("drive", "create", str(product["id"]), "Family", "--member", "ab12345")
+    assert drive["host"] == f"{drive['id']}.connect.example.org"
+    shell.json("drive", "member", "add", str(drive["id"]), "bob@example.org")
+    limits = shell.json(
+        "drive", "limits", str(drive["id"]), "--max-file-bytes", "64", "--quota-bytes", "1000"
+    )
+    assert (limits["max_file_bytes"], limits["max_chunked_bytes"], limits["quota_bytes"]) == (64, None, 1000)
+    assert log_in(gate, "alice@example.org", PASSWORD).sync_id == "AB12345"
+    assert "AB12345" in {row["sync_id"] for row in shell.json("account", "list")}
+    assert shell.json("account", "show", "AB12345@sync.example.org")["login_email"] == "alice@example.org"
+    assert len(shell.json("org", "member", "list", str(organization))) == 2
+    assert len(shell.json("drive", "member", "list", str(drive["id"]))) == 2
+    assert shell.json("org", "list")[0]["members"] == 2
+    assert shell.json("product", "list")[0]["organization"] == "Example"
+    assert shell.json("drive", "list")[0]["name"] == "Family"
+    shell.json("drive", "member", "remove", str(drive["id"]), "bob@example.org")
+    shell.json("org", "member", "remove", str(organization), "bob@example.org")
+    assert len(shell.json("drive", "member", "list", str(drive["id"]))) == 1
+    assert len(shell.json("org", "member", "list", str(organization))) == 1
+
+
+def test_a_change_of_offer_is_seen_by_a_running_server(shell: Shell, gate: Gate) -> None:
+    organization = str(shell.json("org", "create", "Example")["id"])
+    shell.create("alice", "--organization", organization)
+    product = str(shell.json("product", "create", organization, "my-ksuite")["id"])
+    drive = shell.json("drive", "create", product, "Files", "--member", "alice@example.org")["id"]
+    identity = log_in(gate, "alice@example.org", PASSWORD)
+
+    def enter() -> str:
+        with gate._database.read() as tx:
+            return gate.authorize(tx, identity, DriveTarget(drive), "GET").offer
+
+    with pytest.raises(Forbidden):
+        enter()
+    assert shell.json("offer", "set", "--product", product, "kdrive-solo")["offer"] == "kdrive-solo"
+    assert enter() == "kdrive-solo"
+    shell.json("offer", "set", "--product", product, "my-ksuite")
+    with pytest.raises(Forbidden):
+        enter()
+    assert "no offer 'gold'" in shell.refusal("offer", "set", "--product", product, "gold")
+    assert "kdrive-solo" in {row["id"] for row in shell.json("offer", "list")}
+
+
+def test_application_passwords_come_and_go(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    made = shell.json("app-password", "create", sync_id, "--name", "phone")
+    assert set(made) == {"id", "secret"}
+    scoped = shell.json("app-password", "create", sync_id, "--name", "NAS", "--scope", "drive")
+    assert log_in(gate, sync_id, made["secret"]).scopes == {"caldav", "carddav", "drive"}
+    assert log_in(gate, sync_id, scoped["secret"]).scopes == {"drive"}
+    gate.flush()
+    rows = shell.json("app-password", "list", sync_id)
+    assert [row["name"] for row in rows] == ["phone", "NAS"]
+    assert rows[0]["last_client"] == "curl"
+    assert shell.json("app-password", "revoke", sync_id, str(made["id"])) == {"revoked": 1}
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, made["secret"])
+    log_in(gate, sync_id, scoped["secret"])
+    assert shell.json("app-password", "revoke", sync_id, "--all") == {"revoked": 1}
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, scoped["secret"])
+    assert "no application password 99" in shell.refusal("app-password", "revoke", sync_id, "99")
+    shell.refusal("app-password", "revoke", sync_id, code=2)
+    shell.refusal("app-password", "revoke", sync_id, "1", "--all", code=2)
+    shell.refusal("app-password", "create", sync_id, "--name", "x", "--scope", "imap", code=2)
+
+
+def test_a_second_factor_is_enrolled_confirmed_renewed_and_removed(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    log_in(gate, sync_id, PASSWORD)
+    made = shell.json("second-factor", "enrol", sync_id)
+    assert made["uri"].startswith("otpauth://totp/")
+    assert made["qr_svg"].startswith("<svg")
+    assert "not right" in shell.refusal("second-factor", "confirm", sync_id, given="000000\n")
+    log_in(gate, sync_id, PASSWORD)
+    codes = shell.json("second-factor", "confirm", sync_id, given=pyotp.TOTP(made["secret"]).now() + "\n")
+    assert len(codes["recovery_codes"]) == 10
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, PASSWORD)
+    again = shell.json("second-factor", "recovery-codes", sync_id)
+    assert len(set(again["recovery_codes"]) - set(codes["recovery_codes"])) == 10
+    shown = shell.json("second-factor", "list", sync_id)
+    assert (len(shown["factors"]), shown["recovery_codes_left"]) == (1, 10)
+    assert shell.json("account", "list", "--without-second-factor") == []
+    shell.refusal("second-factor", "remove", sync_id, code=2)
+    assert "Say why" in shell.refusal("second-factor", "remove", sync_id, "--reason", " ")
+    assert not shell.json("second-factor", "remove", sync_id, "--reason", "lost phone")["second_factor"]
+    log_in(gate, sync_id, PASSWORD)
+    rows = shell.json("audit", "list", sync_id)
+    assert rows[0]["action"] == "second-factor.remove"
+    assert rows[0]["detail"]["reason"] == "lost phone"
+
+
+def test_passwords_are_set_by_an_operator_or_changed_by_their_owner(
+    shell: Shell, gate: Gate, tmp_path: Path
+) -> None:
+    sync_id = shell.create()
+    app = shell.json("app-password", "create", sync_id, "--name", "phone")["secret"]
+    shell.run("account", "password", sync_id, given="another long pass phrase\r\n")
+    log_in(gate, sync_id, "another long pass phrase")
+    log_in(gate, sync_id, app)
+    current, wrong = tmp_path / "current", tmp_path / "wrong"
+    current.write_text("another long pass phrase\n")
+    wrong.write_text("wrong\n")
+    change = ("account", "password", sync_id, "--current-file")
+    assert "not right" in shell.refusal(*change, str(wrong), given="a third pass phrase")
+    shell.run(*change, str(current), "--revoke-app-passwords", given="a third pass phrase")
+    log_in(gate, sync_id, "a third pass phrase")
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, app)
+    assert "at least 8" in shell.refusal("account", "password", sync_id, given="short\n")
+    log_in(gate, sync_id, "a third pass phrase")
+
+
+def test_accounts_are_renamed_suspended_and_resumed(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    assert shell.json("account", "email", sync_id, "anna@example.org")["login_email"] == "anna@example.org"
+    log_in(gate, "anna@example.org", PASSWORD)
+    assert shell.json("account", "suspend", "anna@example.org")["state"] == "suspended"
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, PASSWORD)
+    assert shell.json("account", "resume", sync_id)["state"] == "active"
+    log_in(gate, sync_id, PASSWORD)
+
+
+def test_an_account_may_have_no_password(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.json("account", "create", "bot@example.org", "--name", "Bot", "--no-password")["sync_id"]
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, "")
+    secret = shell.json("app-password", "create", sync_id, "--name", "job")["secret"]
+    assert log_in(gate, sync_id, secret).sync_id == sync_id
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "said"),
+    [
+        (("account", "show", "nobody"), "", "no account 'nobody'"),
+        (("account", "create", "alice", "--name", "Alice"), PASSWORD, "not an e-mail"),
+        (("account", "create", "a@example.org", "--name", "A"), "password", "attackers"),
+        (("account", "create", "a@example.org", "--name", "A", "--sync-id", "A1"), PASSWORD, "two letters"),
+        (
+            ("account", "create", "a@example.org", "--name", "A", "--organization", "9"),
+            PASSWORD,
+            "organization 9",
+        ),
+        (("product", "create", "1", "gold"), "", "no offer 'gold'"),
+        (("product", "create", "1", "kdrive-solo"), "", "no organization 1"),
+        (("drive", "create", "1", "Files"), "", "no product 1"),
+        (("drive", "limits", "1", "--quota-bytes", "5"), "", "no drive 1"),
+        (("drive", "member", "add", "1", "nobody"), "", "no account"),
+    ],
+)
+def test_a_refusal_is_a_sentence_on_standard_error(
+    shell: Shell, words: tuple[str, ...], given: str, said: str
+) -> None:
+    assert said in shell.refusal(*words, given=given)
+    assert shell.json("account", "list") == []
+    assert shell.json("audit", "list") == []
+
+
+def _leaves(
+    group: click.Group, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, each in group.commands.items():
+        if isinstance(each, click.Group):
+            yield from _leaves(each, (*path, name))
+        else:
+            yield (*path, name), each
+
+
+def _registered() -> list[tuple[tuple[str, ...], click.Command]]:
+    group = Main("ksync-server")
+    commands.register(group)
+    return list(_leaves(group))
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), _registered(), ids=lambda each: "-".join(each) if isinstance(each, tuple) else ""
+)
+def test_every_command_takes_json_explains_itself_and_takes_no_secret_as_argument(
+    path: tuple[str, ...], command: click.Command
+) -> None:
+    names = {option for each in command.params for option in each.opts}
+    assert "--json" in names
+    assert command.help
+    assert not {"--password", "--code", "--secret"} & names
+
+
+def test_every_list_is_readable_without_json(shell: Shell) -> None:
+    empty = {
+        path: shell.run(*path).stdout
+        for path, _ in _registered()
+        if path[-1] == "list" and len(path) == 2 and path[0] not in ("app-password", "second-factor")
+    }
+    assert empty["account", "list"] == "There is no account.\n"
+    sync_id = shell.create()
+    lines = shell.run("account", "list").stdout.splitlines()
+    assert lines[0].split()[:2] == ["sync_id", "login_email"]
+    assert lines[1].split()[:2] == [sync_id, "alice@example.org"]
+    assert "yes" in shell.run("offer", "list").stdout
+    shown = shell.run("app-password", "create", sync_id, "--name", "phone").stdout
+    assert "Shown once" in shown
+    assert "█" in shell.run("second-factor", "enrol", sync_id).stdout
+
+
+def test_a_secret_is_shown_once(shell: Shell) -> None:
+    sync_id = shell.create()
+    secret = shell.json("app-password", "create", sync_id, "--name", "phone")["secret"]
+    listing: Callable[..., Result] = shell.run
+    everything = "".join(
+        listing(*words, "--json").stdout
+        for words in (("app-password", "list", sync_id), ("audit", "list"), ("account", "show", sync_id))
+    )
+    assert secret not in everything
+    assert PASSWORD not in everything
+
+
+def test_the_program_itself_has_the_commands(shell: Shell) -> None:
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ksync_server.cli",
+            "--config",
+            str(shell.config),
+            "account",
+            "list",
+            "--json",
+        ],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": "src"},
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"[]\n", b"")
