@@ -39,6 +39,7 @@ from ksync_server.http import Body, Headers, Peer, Receive, Request, Response, S
 from ksync_server.jobs import Periodic
 from ksync_server.log import AccessLog, stamp
 from ksync_server.metrics import Metrics
+from ksync_server.store import changes
 from ksync_server.store.blobs import Blobs
 from ksync_server.store.database import Database
 from ksync_server.wire import headers as grammar
@@ -142,10 +143,14 @@ def periodic(services: Services) -> list[Periodic]:
         while dav_collections.purge_deleted(services.database):
             pass
 
+    def forget_deletions() -> None:
+        changes.prune(services.database, int(time.time()) - settings.dav.tombstone_days * 86400)
+
     return [
         Periodic("blobs.reap", 3600, services.blobs.reap),
         Periodic("drive.expire-trash", 3600, expire_trash),
         Periodic("dav.purge-deleted", 3600, purge_deleted),
+        Periodic("changes.prune", 86400, forget_deletions),
     ]
 
 

@@ -325,9 +325,9 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One whole field; those behind a chunked body mean nothing here."""
-        size = len(name) + len(value) + 4
-        self.accounted += size
         if self.heading:
+            size = len(name) + len(value) + 4
+            self.accounted += size
             self.head_bytes += size
             if self.head_bytes <= self.limits.header_bytes:
                 super().on_header(name, value)

@@ -85,6 +85,7 @@ def bind(address: Address) -> socket.socket:
         ConfigError: the address cannot be used; says why.
     """
     host, port = address
+    listener = None
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -97,6 +98,8 @@ def bind(address: Address) -> socket.socket:
         listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     return listener
 

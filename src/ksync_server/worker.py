@@ -97,8 +97,8 @@ class WebWorker:
         self._task = task
         self._settings = task.settings.server
         self._state = ServerState()
-        self._app = _config(app)
-        self._admin = _config(Admin(services, metrics))
+        self._app = protocol_config(app)
+        self._admin = protocol_config(Admin(services, metrics))
         self._metrics = metrics
         self._stop = asyncio.Event()
         self._at_once = True
@@ -183,7 +183,8 @@ class WebWorker:
                 listener.start()
 
 
-def _config(app: Asgi) -> Config:
+def protocol_config(app: Asgi) -> Config:
+    """What uvicorn's protocol needs to know; sockets, signals and logging are ours."""
     config = Config(
         app,
         http=Connection,

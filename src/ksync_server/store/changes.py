@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from ksync_server.errors import Forbidden, NotFound
 from ksync_server.store import tables as t
-from ksync_server.store.database import Read, Write
+from ksync_server.store.database import Database, Read, Write
 
 _BUMP = (
     sa.update(t.collection)
@@ -37,6 +37,26 @@ _DELETED = (
     .where(t.tombstone.c.collection_id == sa.bindparam("id_"), t.tombstone.c.seq > sa.bindparam("after"))
     .order_by(t.tombstone.c.seq)
     .limit(sa.bindparam("most"))
+)
+_OLD = (
+    sa.select(t.tombstone.c.collection_id)
+    .where(t.tombstone.c.at < sa.bindparam("before"))
+    .distinct()
+    .limit(100)
+)
+_OLDEST = (
+    sa.select(t.tombstone.c.seq)
+    .where(t.tombstone.c.collection_id == sa.bindparam("id_"), t.tombstone.c.at < sa.bindparam("before"))
+    .order_by(t.tombstone.c.seq)
+    .limit(500)
+)
+_PRUNED = (
+    sa.update(t.collection)
+    .where(t.collection.c.id == sa.bindparam("id_"), t.collection.c.pruned_seq < sa.bindparam("upto"))
+    .values(pruned_seq=sa.bindparam("upto"))
+)
+_FORGET = sa.delete(t.tombstone).where(
+    t.tombstone.c.collection_id == sa.bindparam("id_"), t.tombstone.c.seq <= sa.bindparam("upto")
 )
 _TOKEN = re.compile(r"urn:ksync:([0-9a-z]{1,32}):([0-9]{1,18}):([0-9]{1,18})(?::([0-9]{1,18}))?")
 
@@ -147,6 +167,33 @@ def since(tx: Read, collection_id: int, start: Position, limit: int) -> ChangePa
     rows = rows[:limit]
     last = rows[-1][0]
     return _page(rows, Position(last, max(last, start.base)), True)
+
+
+def prune(database: Database, before: int) -> int:
+    """Forget deletions made before a time; a token that would need them starts anew. Blocking.
+
+    Args:
+        before: Unix seconds.
+
+    Returns:
+        How many deletions were forgotten.
+
+    Cost: one transaction for every 500.
+    """
+    forgotten = 0
+    while numbers := database.fast(_OLD, {"before": before}):
+        for (number,) in numbers:
+            forgotten += database.write(lambda tx, n=number: _prune(tx, n, before))  # type: ignore[misc]
+    return forgotten
+
+
+def _prune(tx: Write, collection_id: int, before: int) -> int:
+    rows = tx.fast(_OLDEST, {"id_": collection_id, "before": before})
+    if rows:
+        arguments = {"id_": collection_id, "upto": rows[-1][0]}
+        tx.fast(_PRUNED, arguments)  # first: it locks the row that `bump` and every reader of a token ask
+        tx.fast(_FORGET, arguments)
+    return len(rows)
 
 
 def _page(rows: list[tuple[int, str, bool]], position: Position, truncated: bool) -> ChangePage:
