@@ -7,8 +7,10 @@ import base64
 import hashlib
 import random
 import re
+import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,21 @@ def test_a_slow_upload_keeps_its_lease_while_it_waits(drive: Drive, monkeypatch:
         request = client.request("PUT", "/a", {}, pieces, length=None)
         assert asyncio.run(client.answer(request)).status == 201
         assert client.send("GET", "/a").body == LARGE + b"end"
+
+
+def test_a_small_piece_never_overtakes_a_large_one_that_a_thread_still_writes(client: Client) -> None:
+    go = threading.Event()
+    pool = client.site._transfers._pool = ThreadPoolExecutor(1)
+    pool.submit(go.wait)
+
+    async def release() -> bytes:
+        go.set()
+        return b"end"
+
+    large = bytes(range(256)) * 1024
+    request = client.request("PUT", "/a", {}, [large, b"small", release], length=None)
+    assert asyncio.run(client.answer(request)).status == 201
+    assert client.send("GET", "/a").body == large + b"smallend"
 
 
 def test_a_body_shorter_than_declared_is_a_cut_upload(client: Client, drive: Drive) -> None:

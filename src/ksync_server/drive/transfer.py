@@ -165,7 +165,7 @@ class _Checks:
 
     def verify(self, staged: StagedBlob) -> None:
         made = {name: running.digest() for name, running in self._hashes.items()}
-        made |= {"sha-1": staged.sha1, "sha-256": staged.sha256}
+        made |= {"sha-1": staged.sha1, "sha-256": staged.sha256, "md5": staged.md5}
         for name, digest in self._declared.items():
             if made[name] != digest:
                 raise BadRequest(f"The content that arrived has another {name.upper()} checksum.")
@@ -350,6 +350,7 @@ class _Upload:
         self._stage = stage
         self._limit = limit
         self._checks = checks
+        self._handed_over = False
         self._writing: asyncio.Future[Any] | None = None
         self._beating: asyncio.Task[None] | None = None
 
@@ -373,7 +374,8 @@ class _Upload:
             total += len(piece)
             if total > self._limit:
                 raise BodyTooLarge(f"A file may have at most {self._limit} bytes here.")
-            if not batch and stage.fits_in_memory(piece):
+            # Never beside a thread: after the first hand-over the stage belongs to the pool.
+            if not batch and not self._handed_over and stage.fits_in_memory(piece):
                 self._write(piece)
                 continue
             batch.append(piece)
@@ -390,6 +392,7 @@ class _Upload:
 
     async def _hand_over(self, batch: list[bytes]) -> None:
         await self._written()
+        self._handed_over = True
         piece = batch[0] if len(batch) == 1 else b"".join(batch)
         loop = asyncio.get_running_loop()
         self._writing = loop.run_in_executor(self._transfers._pool, self._write, piece)
@@ -412,7 +415,7 @@ class _Upload:
     async def _finish(self) -> StagedBlob:
         await self._written()
         await self._stop_beating()
-        if not self._stage.spilled:
+        if not self._handed_over:
             return self._stage.finish()
         finishing = asyncio.get_running_loop().run_in_executor(self._transfers._pool, self._stage.finish)
         self._writing = finishing
@@ -431,7 +434,7 @@ class _Upload:
             await asyncio.wait([self._writing])
             with contextlib.suppress(ClientError):  # it is known already, or the client is gone
                 self._writing.result()
-        if self._stage.spilled:
+        if self._handed_over:
             await self._transfers._run(self._stage.abort)
         else:
             self._stage.abort()
