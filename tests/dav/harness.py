@@ -282,7 +282,7 @@ class Client:
             found = collections.lock(tx, self.identity.account_id, Kind.CALENDAR, place[2], count)
             blob_id = tx.execute(
                 sa.insert(t.blob)
-                .values(size=3, sha256=b"", sha1=b"", refs=count, content=b"x\r\n")
+                .values(size=3, sha256=b"", sha1=b"", md5=b"", refs=count, content=b"x\r\n")
                 .returning(t.blob.c.id)
             ).scalar_one()
             tx.execute(
@@ -326,7 +326,8 @@ async def whole(response: Response) -> Answer:
         pieces = len(parts)
         body = b"".join(parts)
     headers = {name.decode(): value.decode("latin-1") for name, value in response.headers}
-    assert len(headers) == len(response.headers), "no header twice"
+    single = [name for name, _ in response.headers if name != b"vary"]  # a list: several lines are one
+    assert len(set(single)) == len(single), "no header twice"
     return Answer(response.status, headers, body, pieces=pieces)
 
 

@@ -247,14 +247,15 @@ class Reports:
         """A response for each href: the object, or 404."""
         entries = self._entries(report, wanted)
         renderer = data.Renderer(wanted, report.zone, self._settings.dav) if wanted else None
+        told: set[str] = set()
         yield webdav.OPEN
         for batch in _batches(hrefs, _NAMES_AT_ONCE):
             names = {href: _member(report, href) for href in batch}
-            rows, contents = await self._named_rows(
-                report, list(names.values()), with_data=wanted is not None
-            )
-            missing = [href for href, name in names.items() if name not in rows]
-            found = [rows[name] for name in names.values() if name in rows]
+            asked = [name for name in dict.fromkeys(names.values()) if name and name not in told]
+            rows, contents = await self._named_rows(report, asked, with_data=wanted is not None)
+            told.update(rows)
+            missing = [href for href, name in names.items() if name not in told]
+            found = [rows[name] for name in asked if name in rows]
             if renderer is None:
                 yield "".join([entries.response(row) for row in found])
             else:
@@ -264,15 +265,15 @@ class Reports:
         yield webdav.CLOSE
 
     async def _named_rows(
-        self, report: Report, names: Sequence[str | None], *, with_data: bool
-    ) -> tuple[dict[str | None, Row], dict[int, Content]]:
-        asked = [name for name in dict.fromkeys(names) if name is not None]
+        self, report: Report, asked: list[str], *, with_data: bool
+    ) -> tuple[dict[str, Row], dict[int, Content]]:
+        """Rows by name, and where their content is if it is asked."""
         if not asked:
             return {}, {}
         count = next(count for count in _BY_NAME if count >= len(asked))
         values = {f"n{at}": name for at, name in enumerate(asked + asked[-1:] * (count - len(asked)))}
 
-        def read(tx: Read) -> tuple[dict[str | None, Row], dict[int, Content]]:
+        def read(tx: Read) -> tuple[dict[str, Row], dict[int, Content]]:
             rows = tx.fast(_BY_NAME[count], {"collection_id": report.collection.id, **values})
             contents = queries.contents_of(tx, [row[_BLOB] for row in rows]) if with_data else {}
             return {row[0]: row for row in rows}, contents
