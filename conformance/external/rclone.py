@@ -292,7 +292,10 @@ def test_mount_reads_and_writes(rclone: Rclone, room: str, mounted: Path) -> Non
         file.seek(10)
         file.write(b"changed in place")
     changed = content[:10] + b"changed in place" + content[26:MIB]
-    wait_for(lambda: rclone("cat", f"{room}/folder/written") == changed, "another client sees the change")
+    wait_for(
+        lambda: rclone("cat", f"{room}/folder/written", status=None) == changed,
+        "another client sees the change",
+    )
     (mounted / "folder" / "written").rename(mounted / "renamed")
     wait_for(
         lambda: rclone("cat", f"{room}/renamed", status=None) == changed, "another client sees the new name"
