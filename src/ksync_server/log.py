@@ -6,6 +6,7 @@ request. A line is one write, so that the lines of several processes do not mix.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -33,18 +34,22 @@ def stamp(at: float) -> str:
 
 
 def line(style: str, fields: Mapping[str, Any]) -> bytes:
-    """One line in `json` or `text`; line breaks inside values are escaped in both."""
+    """One line in `json` or `text`; line breaks and blanks inside values are escaped in both."""
     if style == "json":
-        return msgspec.json.encode(fields, enc_hook=str) + b"\n"
-    head = f"{fields.get('at', '')} {fields.get('level', '')} {fields.get('event', '')}"
+        try:
+            return msgspec.json.encode(fields, enc_hook=str) + b"\n"
+        except UnicodeEncodeError:  # half a surrogate pair, e.g. from a file name
+            return json.dumps(fields, default=str).encode("ascii") + b"\n"
+    head = f"{fields.get('at', '')} {fields.get('level', '')} {_word(fields.get('event', ''), blanks=True)}"
     rest = [f"{key}={_word(value)}" for key, value in fields.items() if key not in ("at", "level", "event")]
-    return " ".join([head, *rest]).encode("utf-8", "replace") + b"\n"
+    return " ".join([head, *rest]).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _word(value: Any) -> str:
+def _word(value: Any, *, blanks: bool = False) -> str:
     text = str(value)
-    plain = text.isprintable() and text and not any(mark in text for mark in ' "=')
-    return text if plain else msgspec.json.encode(text).decode()
+    if text.isprintable() and (blanks or (text and not any(mark in text for mark in ' "='))):
+        return text
+    return json.dumps(text)
 
 
 class Formatter(logging.Formatter):
