@@ -603,11 +603,12 @@ def test_the_checksum_that_rclone_sends_with_a_time_must_be_right(client: Client
     time = "<d:lastmodified>1500000000</d:lastmodified>"
     checksum = '<o:checksums xmlns:o="http://owncloud.org/ns"><o:checksum>{}</o:checksum></o:checksums>'
     right = f"SHA1:{hashlib.sha1(b'content').hexdigest()}"
+    md5 = f"MD5:{hashlib.md5(b'content').hexdigest()}"
     wrong = f"SHA1:{hashlib.sha1(b'other').hexdigest()}"
     answer = client.send("PROPPATCH", "/file", patch(set_(time + checksum.format(wrong))))
     assert sorted(statuses(answer).values()) == [409, 424]
     assert mtime(client, "/file") != "1500000000"
-    answer = client.send("PROPPATCH", "/file", patch(set_(time + checksum.format(f"MD5:0 {right}"))))
+    answer = client.send("PROPPATCH", "/file", patch(set_(time + checksum.format(f"{md5} {right}"))))
     assert sorted(statuses(answer).values()) == [200, 200]
     assert mtime(client, "/file") == "1500000000"
     folder = client.send("PROPPATCH", "/", patch(set_(checksum.format(right))))

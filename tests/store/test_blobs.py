@@ -42,6 +42,7 @@ def stored(store: Blobs, content: bytes, piece: int = 333) -> int:
     staged = stage.finish()
     assert staged.sha256 == hashlib.sha256(content).digest()
     assert staged.sha1 == hashlib.sha1(content).digest()
+    assert staged.md5 == hashlib.md5(content).digest()
     return database_of(store).write(lambda tx: blobs.publish(tx, staged))
 
 

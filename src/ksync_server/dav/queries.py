@@ -289,15 +289,17 @@ def contents_of(tx: Read, blob_ids: Sequence[int]) -> dict[int, Content]:
     """Where the bytes of some blobs are: one statement for those in rows, one each for those in extents."""
     if not blob_ids:
         return {}
-    statement = sa.select(t.blob.c.id, t.blob.c.size, t.blob.c.sha1, t.blob.c.sha256, t.blob.c.content).where(
-        t.blob.c.id.in_(list(blob_ids))
-    )
+    statement = sa.select(
+        t.blob.c.id, t.blob.c.size, t.blob.c.sha1, t.blob.c.sha256, t.blob.c.md5, t.blob.c.content
+    ).where(t.blob.c.id.in_(list(blob_ids)))
     found = {}
     for row in tx.execute(statement):
         if row.content is None:
             found[row.id] = store.content(tx, row.id)
         else:
-            found[row.id] = Content(row.size, bytes(row.sha1), bytes(row.sha256), bytes(row.content), ())
+            found[row.id] = Content(
+                row.size, bytes(row.sha1), bytes(row.sha256), bytes(row.md5), bytes(row.content), ()
+            )
     return found
 
 

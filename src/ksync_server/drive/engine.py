@@ -435,12 +435,15 @@ class _Patch:
         return lambda work: _set_property(work, path, name, source)
 
     def _check_content(self, update: _Update, value: xml.Element) -> Step:
-        """rclone sends the checksums along with every time it sets: the right SHA-1 changes nothing."""
+        """rclone sends a checksum along with every time it sets: the right one changes nothing."""
         node = self._node
-        known = None if node.blob_id is None else blobs.content(self._run.tx, node.blob_id).sha1.hex()
         given = {word.lower() for element in value.walk() for word in element.text.split()}
-        if known is None or f"sha1:{known}" not in given:
+        if node.blob_id is None:
             update.status = 409
+        else:
+            content = blobs.content(self._run.tx, node.blob_id)
+            if not given or not given <= {f"sha1:{content.sha1.hex()}", f"md5:{content.md5.hex()}"}:
+                update.status = 409
 
         def step(work: _Work) -> None:
             now = work.places[self._path].node

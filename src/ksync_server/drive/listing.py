@@ -33,26 +33,26 @@ _PAGE = 200  # rows read in one go: under 1 ms
 _D, _OC, _MS = "{DAV:}", "{http://owncloud.org/ns}", "{urn:schemas-microsoft-com:}"
 
 # Columns of a row, in order.
-_ID, _NAME, _FOLDER, _SEQ, _SIZE, _TYPE, _MTIME, _CREATED, _SHA1 = range(9)
+_ID, _NAME, _FOLDER, _SEQ, _SIZE, _TYPE, _MTIME, _CREATED, _SHA1, _MD5 = range(10)
 
 _N = t.node.c
 _COLUMNS = (_N.id, _N.name, _N.folder, _N.seq, _N.size, _N.content_type, _N.mtime_ms, _N.created_at)
 _P = sa.bindparam
-_with_sha1 = t.node.outerjoin(t.blob, t.blob.c.id == _N.blob_id)
+_with_sums = t.node.outerjoin(t.blob, t.blob.c.id == _N.blob_id)
 _MEMBERS = (
     sa.select(*_COLUMNS)
     .where(_N.parent_id == _P("parent"), _N.name > _P("after"))
     .order_by(_N.name)
     .limit(_P("most"))
 )
-_MEMBERS_SHA1 = (
-    sa.select(*_COLUMNS, t.blob.c.sha1)
-    .select_from(_with_sha1)
+_MEMBERS_SUMS = (
+    sa.select(*_COLUMNS, t.blob.c.sha1, t.blob.c.md5)
+    .select_from(_with_sums)
     .where(_N.parent_id == _P("parent"), _N.name > _P("after"))
     .order_by(_N.name)
     .limit(_P("most"))
 )
-_ONE = sa.select(*_COLUMNS, t.blob.c.sha1).select_from(_with_sha1).where(_N.id == _P("id_"))
+_ONE = sa.select(*_COLUMNS, t.blob.c.sha1, t.blob.c.md5).select_from(_with_sums).where(_N.id == _P("id_"))
 _DEAD_OF_MEMBERS = (
     sa.select(t.node_property.c.node_id, t.node_property.c.name, t.node_property.c.xml)
     .select_from(t.node_property.join(t.node, t.node_property.c.node_id == _N.id))
@@ -132,7 +132,8 @@ def _iso(row: Row) -> str:
 def _checksums(row: Row, _: _Asked, __: object) -> str | None:
     if row[_FOLDER] or row[_SHA1] is None:
         return None
-    return f"<oc:checksums><oc:checksum>SHA1:{bytes(row[_SHA1]).hex()}</oc:checksum></oc:checksums>"
+    sums = f"SHA1:{bytes(row[_SHA1]).hex()} MD5:{bytes(row[_MD5]).hex()}"
+    return f"<oc:checksums><oc:checksum>{sums}</oc:checksum></oc:checksums>"
 
 
 def _permissions(row: Row, asked: _Asked, _: object) -> str:
@@ -308,7 +309,7 @@ class _Walk:
         kind, names = asked.find.kind, asked.find.names
         self._dead = kind != "prop" or any(name not in LIVE for name in names)
         self._locks = kind != "prop" or _D + "lockdiscovery" in names
-        self._members = _MEMBERS_SHA1 if kind == "propname" or _OC + "checksums" in names else _MEMBERS
+        self._members = _MEMBERS_SUMS if kind == "propname" or _OC + "checksums" in names else _MEMBERS
         self._stack: list[_Folder] = []
 
     @property

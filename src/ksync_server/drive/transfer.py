@@ -156,7 +156,7 @@ class _Checks:
 
     def __init__(self, declared: dict[str, bytes]) -> None:
         self._declared = declared
-        own = {"sha-1", "sha-256"}
+        own = {"sha-1", "sha-256", "md5"}
         self._hashes = {name: _HASHES[name]() for name in declared if name not in own}
 
     def update(self, piece: bytes) -> None:

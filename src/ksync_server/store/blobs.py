@@ -162,6 +162,7 @@ class StagedBlob:
     size: int  # bytes
     sha256: bytes  # 32 bytes
     sha1: bytes  # 20 bytes
+    md5: bytes  # 16 bytes: what rclone compares first with vendor owncloud
     content: bytes | None  # small content
     extents: tuple[tuple[str, int], ...]  # key, size
     stage_id: str | None  # None for small content
@@ -174,6 +175,7 @@ class Content:
     size: int
     sha1: bytes
     sha256: bytes
+    md5: bytes
     content: bytes | None
     extents: tuple[tuple[str, int], ...]
 
@@ -187,6 +189,7 @@ class Stage:
         self.size = 0
         self._sha256 = hashlib.sha256()
         self._sha1 = hashlib.sha1(usedforsecurity=False)
+        self._md5 = hashlib.md5(usedforsecurity=False)
         self._small: list[bytes] | None = []
         self._id: str | None = None
         self._writer: ExtentWriter | None = None
@@ -216,6 +219,7 @@ class Stage:
             raise BodyTooLarge(f"A file may have at most {self._limit} bytes here.")
         self._sha256.update(piece)
         self._sha1.update(piece)
+        self._md5.update(piece)
         if self._small is not None:
             if self.size <= self._blobs.settings.inline_bytes:
                 self._small.append(piece)
@@ -276,7 +280,13 @@ class Stage:
             self._flushing.pop(0).result()
         content = None if self._small is None else b"".join(self._small)
         return StagedBlob(
-            self.size, self._sha256.digest(), self._sha1.digest(), content, tuple(self._extents), self._id
+            self.size,
+            self._sha256.digest(),
+            self._sha1.digest(),
+            self._md5.digest(),
+            content,
+            tuple(self._extents),
+            self._id,
         )
 
     def abort(self) -> None:
@@ -301,6 +311,7 @@ def staged_bytes(content: bytes) -> StagedBlob:
         len(content),
         hashlib.sha256(content).digest(),
         hashlib.sha1(content, usedforsecurity=False).digest(),
+        hashlib.md5(content, usedforsecurity=False).digest(),
         content,
         (),
         None,
@@ -315,6 +326,7 @@ _NEW_BLOB = (
         size=sa.bindparam("size"),
         sha256=sa.bindparam("sha256"),
         sha1=sa.bindparam("sha1"),
+        md5=sa.bindparam("md5"),
         refs=sa.bindparam("refs", 1),
         content=sa.bindparam("content"),
     )
@@ -349,7 +361,7 @@ _EXTENTS = (
     .where(t.extent.c.blob_id == sa.bindparam("id_"))
     .order_by(t.extent.c.position)
 )
-_BLOB = sa.select(t.blob.c.size, t.blob.c.sha1, t.blob.c.sha256, t.blob.c.content).where(
+_BLOB = sa.select(t.blob.c.size, t.blob.c.sha1, t.blob.c.sha256, t.blob.c.md5, t.blob.c.content).where(
     t.blob.c.id == sa.bindparam("id_")
 )
 _DROP_BLOB = sa.delete(t.blob).where(t.blob.c.id == sa.bindparam("id_"))
@@ -382,6 +394,7 @@ def publish(tx: Write, staged: StagedBlob) -> int:
             "size": staged.size,
             "sha256": staged.sha256,
             "sha1": staged.sha1,
+            "md5": staged.md5,
             "content": staged.content,
             "refs": 1,
         },
@@ -412,13 +425,15 @@ def content(tx: Read, blob_id: int) -> Content:
     """What is needed to read a blob after the transaction has ended."""
     row = tx.one(_BLOB, {"id_": blob_id})
     assert row is not None, "a blob that rows reference exists"
-    size, sha1, sha256, small = row
+    size, sha1, sha256, md5, small = row
     extents = (
         ()
         if small is not None
         else tuple((key, length) for key, length in tx.fast(_EXTENTS, {"id_": blob_id}))
     )
-    return Content(size, bytes(sha1), bytes(sha256), None if small is None else bytes(small), extents)
+    return Content(
+        size, bytes(sha1), bytes(sha256), bytes(md5), None if small is None else bytes(small), extents
+    )
 
 
 class Blobs:

@@ -218,6 +218,7 @@ blob = _table(
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("sha256", sa.LargeBinary, nullable=False),
     sa.Column("sha1", sa.LargeBinary, nullable=False),
+    sa.Column("md5", sa.LargeBinary, nullable=False),
     sa.Column("refs", sa.BigInteger, nullable=False),  # objects and nodes that hold it; 0 = deleted at once
     sa.Column("content", sa.LargeBinary),  # small content; NULL = in extents
 )

@@ -47,6 +47,7 @@ def upgrade() -> None:
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.LargeBinary(), nullable=False),
         sa.Column("sha1", sa.LargeBinary(), nullable=False),
+        sa.Column("md5", sa.LargeBinary(), nullable=False),
         sa.Column("refs", sa.BigInteger(), nullable=False),
         sa.Column("content", sa.LargeBinary(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_blob")),
