@@ -1,4 +1,7 @@
-"""PROPFIND Depth 1 of a calendar of 10,000 events: ours and Radicale 3.9, side by side. Bar: 50 times faster (CPU)."""
+"""PROPFIND Depth 1 of a calendar of 10,000 events: ours and Radicale 3.9, side by side. Bar: 50 times faster (CPU).
+
+Our cache of rendered answers is off, so each listing is made from the rows; Radicale's caches are warm.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def main(count: int = 10_000) -> bool:
 def compare(folder: Path, peer: Peer, count: int) -> bool:
     theirs = Connection(peer.url, peer.login, peer.password)
     their_request = listing(theirs, "/alice/bench/", count)
-    with demo(folder / "ours", settings=["server.workers=1"]) as running:
+    with demo(folder / "ours", settings=["server.workers=1", "dav.body_cache_bytes=0"]) as running:
         target = Target.from_ready(running.ready)
         path = make_calendar(target.sync()).path
 
@@ -61,7 +64,7 @@ def compare(folder: Path, peer: Peer, count: int) -> bool:
         ours = connect()
         our_request = listing(ours, path, count)
         subjects = [
-            Subject("ksync-server", running.process.pid, lambda: ours.send(our_request)),
+            Subject("ksync-server, nothing cached", running.process.pid, lambda: ours.send(our_request)),
             Subject("Radicale 3.9", peer.process.pid, lambda: theirs.send(their_request)),
         ]
         interleave(subjects)
