@@ -158,7 +158,7 @@ def periodic(services: Services) -> list[Periodic]:
 
 
 class Proxies:
-    """Which neighbours may say who the client is (product.md HOST3)."""
+    """Which neighbours may say who the client is (HOST3)."""
 
     def __init__(self, trusted: tuple[str, ...]) -> None:
         try:
@@ -204,7 +204,7 @@ def _is_loopback(address: str) -> bool:
 
 
 class Router:
-    """Host header and path -> site (product.md HOST1, HOST2, HOST4)."""
+    """Host header and path -> site (HOST1, HOST2, HOST4)."""
 
     def __init__(self, hosts: configuration.Hosts) -> None:
         self._sync = {name.lower() for name in hosts.sync}

@@ -43,7 +43,7 @@ class Server(Section, frozen=True):
 
 
 class Hosts(Section, frozen=True):
-    """Which Host header means which site (product.md HOST1, HOST2)."""
+    """Which Host header means which site."""
 
     sync: tuple[str, ...] = ("sync.localhost",)
     drive_suffix: str = "connect.localhost"  # <id>.<drive_suffix>
@@ -117,7 +117,7 @@ class Dav(Section, frozen=True):
 class Drive(Section, frozen=True):
     """Files."""
 
-    max_file_bytes: int = 50 * GB  # with a declared length (product.md DRV3)
+    max_file_bytes: int = 50 * GB  # with a declared length
     max_chunked_bytes: int = 50 * GB  # without one; a drive may be given up to 100 GB
     chunked_ceiling_bytes: int = 100 * GB
     max_files: int = 300_000  # per drive
@@ -129,7 +129,7 @@ class Drive(Section, frozen=True):
     lock_seconds: int = 3600  # longest lock granted; clients refresh
     max_locks: int = 1_000  # per account
     transfers: int = 40  # concurrent uploads and downloads per account and web process
-    root_view: str = "auto"  # auto, folders or drive (product.md DRV2)
+    root_view: str = "auto"  # auto, folders or drive
     trash_name: str = "Deleted items"
     common_name: str = "Common documents"
     trash_days: int = 30

@@ -1,6 +1,6 @@
 """Objects of calendars and address books: what may be stored, and the rows it becomes.
 
-The bytes a client stores are the bytes returned (product.md DAV4). What is read out of them goes into the
+The bytes a client stores are the bytes returned (DAV4). What is read out of them goes into the
 object's row: UID, component, a superset of its time span, and the searchable text of a contact.
 """
 

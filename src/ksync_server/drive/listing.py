@@ -493,7 +493,7 @@ PAGE_HEADERS = (
 async def page(
     request: Request, database: Database, view: tree.View, place: tree.Place
 ) -> AsyncIterator[bytes]:
-    """A folder as a web page without scripts; every name escaped (product.md DRV13).
+    """A folder as a web page without scripts; every name escaped (DRV13).
 
     Cost: as `propfind`.
     """

@@ -48,7 +48,7 @@ OWNERS = {
 ALLOW = ", ".join(verb for verb in OWNERS if verb != "REPORT").encode()
 _CLASSES = b"1, 2, 3"
 
-# Programs that people browse with (product.md DRV2). ownCloud's and Nextcloud's sync clients (mirall) say
+# Programs that people browse with (DRV2). ownCloud's and Nextcloud's sync clients (mirall) say
 # Mozilla too.
 _BROWSING = re.compile(
     r"Microsoft-WebDAV-MiniRedir|WebDAVFS/|WebDAVLib|gvfs|Cyberduck/|Mountain Duck/|RaiDrive|davfs2"
@@ -372,7 +372,7 @@ class Site:
 
 
 def shows_folders(settings: configuration.Drive, request: Request) -> bool:
-    """Whether the bare URL lists the two folders for this program (product.md DRV2)."""
+    """Whether the bare URL lists the two folders for this program (DRV2)."""
     if settings.root_view == "auto":
         return _BROWSING.search(request.peer.user_agent) is not None
     return settings.root_view == "folders"

@@ -64,7 +64,7 @@ class View:
 
     grant: DriveGrant
     settings: configuration.Drive
-    folders: bool  # whether the bare URL lists the two folders (product.md DRV2)
+    folders: bool  # whether the bare URL lists the two folders (DRV2)
 
     def reserved(self, name: str) -> bool:
         """Whether no member of the private root may have this name: URLs mean something else by it."""
