@@ -120,7 +120,7 @@ def ensure(database: Database, work: Iterable[Periodic]) -> None:
         def put(tx: Write, arguments: dict[str, object] = arguments) -> None:
             found = tx.one(_FIND, arguments)
             if found is None:
-                tx.fast(_NEW, arguments)
+                tx.execute(_NEW, arguments)
             elif found[1] != arguments["every_"]:
                 tx.fast(_RHYTHM, {**arguments, "id_": found[0]})
 
