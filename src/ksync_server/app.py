@@ -406,13 +406,19 @@ class App:
         gate = self._services.gate
         pair = grammar.parse_basic(request.headers.get("authorization"))
         credentials = Credentials(*pair) if pair else None
-        if credentials is None or (self._on_loop and gate.is_quick(credentials)):
+
+        def identify() -> Identity | None:
+            """Without argon2; None where it takes one."""
+            if not gate.is_quick(credentials):
+                return None
             return gate.identify(credentials, request.peer, service=service)
 
-        def identify() -> Identity:
-            return gate.identify(credentials, request.peer, service=service)
-
-        return await self._services.database.pooled(identify)
+        on_loop = self._on_loop or credentials is None
+        identity = identify() if on_loop else await self._services.database.pooled(identify)
+        if identity is None:
+            # argon2 has threads of its own: a flood of log-ins holds up nobody who is known.
+            identity = await asyncio.wrap_future(gate.queued(credentials, request.peer, service=service))
+        return identity
 
     # -- errors -----------------------------------------------------------------------------------
 
