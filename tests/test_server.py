@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
-import json
 import os
 import signal
 import socket
@@ -22,8 +20,7 @@ import pytest
 
 from conformance.servers import Demo, demo
 from ksync_server.errors import ConfigError
-from ksync_server.server import Task, bind, parse_listen
-from ksync_server.settings import Settings
+from ksync_server.server import bind, parse_listen
 
 PATIENCE_S = 60
 
@@ -256,9 +253,3 @@ def test_listen_addresses(text: str, address: tuple[str, int]) -> None:
 def test_listen_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_listen(text)
-
-
-def test_a_task_carries_the_settings_unchanged() -> None:
-    task = Task("web", Settings(), (3, 4), None, 5)
-    assert Task.read(io.BytesIO(task.encode())) == task
-    assert json.loads(task.encode()[4:])["kind"] == "web"

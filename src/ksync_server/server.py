@@ -7,32 +7,28 @@
 SIGTERM and SIGINT stop: no new connections, requests under way get `server.shutdown_timeout_s`. SIGHUP
 reloads: the configuration is checked, new workers start on the same sockets, and the old ones drain only when
 all of those answer. A worker that dies is started again. When the supervisor dies, however it does, all end.
+
+Workers are forks of the supervisor, which has imported everything and runs no thread: a new one answers in
+milliseconds instead of seconds, and all share the memory of the code.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import gc
 import logging
 import os
 import resource
 import selectors
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import msgspec
 
 from ksync_server import log as logs
-from ksync_server import settings as configuration
+from ksync_server import worker
 from ksync_server.errors import ConfigError
 from ksync_server.settings import Settings
 
@@ -40,20 +36,12 @@ log = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 
-_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # the name that prometheus-client looks for
 _BACKLOG = 2048
 _FILES = 65536  # open files a process may have, where the system allows it: connections and transfers
 _STEADY_S = 10.0  # a worker that lived this long is started again at once
 _LONGEST_PAUSE_S = 30.0
 _START_S = 60.0  # a new worker has to answer within this
 _MARGIN_S = 5.0  # what a worker gets on top of its own time-out before it is killed
-# glibc gives large blocks back to the system after each piece of an upload and asks for them again for the
-# next one; with these an upload costs 2 to 4 times less processor time.
-_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
-    "MALLOC_ARENA_MAX": "2",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,39 +92,33 @@ def bind(address: Address) -> socket.socket:
     return listener
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a worker is told on its standard input: nothing of it shows in arguments or the environment."""
-
-    kind: str  # web or jobs
-    settings: Settings
-    listen: tuple[int, ...]  # descriptors of listening sockets
-    admin: int | None
-    answered: int  # one byte is written here when the worker serves
-
-    def encode(self) -> bytes:
-        """Length (4 bytes, big end first) and JSON."""
-        fields = {name: getattr(self, name) for name in ("kind", "settings", "listen", "admin", "answered")}
-        content = msgspec.json.encode(fields, enc_hook=str)
-        return len(content).to_bytes(4) + content
-
-    @classmethod
-    def read(cls, stream: BinaryIO) -> Task:
-        """Read one task from a buffered stream, which stays open."""
-        fields: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(4))))
-        settings = configuration.build(fields["settings"])
-        return cls(fields["kind"], settings, tuple(fields["listen"]), fields["admin"], fields["answered"])
-
-
 @dataclass(slots=True)
 class _Child:
     kind: str  # web or jobs
     generation: int
-    process: subprocess.Popen[bytes]
-    ready_pipe: int
+    pid: int
+    ready_pipe: int  # one byte comes when it answers; -1 once that is known
+    lifeline: int  # closed by our end: how a worker learns that the supervisor is gone
     started: float
     ready: bool = False
     leaving: bool = False  # told to end
+    code: int | None = None  # how it ended
+
+    def has_ended(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is not None
+
+    def send(self, number: signal.Signals) -> None:
+        if self.code is None:  # not waited for yet, so the number is still its own
+            os.kill(self.pid, number)
+
+    def close_pipes(self) -> None:
+        for descriptor in (self.ready_pipe, self.lifeline):
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 @dataclass(slots=True)
@@ -158,10 +140,16 @@ class Supervisor:
 
     Args:
         load: reads and checks the configuration; called at the start and on SIGHUP.
+        metrics: folder of the counters that workers share.
         on_ready: called once, when every worker answers.
     """
 
-    def __init__(self, load: Callable[[], Settings], on_ready: Callable[[Bound], None] | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Settings],
+        metrics: Path,
+        on_ready: Callable[[Bound], None] | None = None,
+    ) -> None:
         self._load = load
         self._on_ready = on_ready
         self._settings = load()
@@ -173,7 +161,8 @@ class Supervisor:
         self._reloading: Settings | None = None  # the settings that the new generation runs with
         self._stopping_since: float | None = None
         self._selector = selectors.DefaultSelector()
-        self._metrics = Path(tempfile.mkdtemp(prefix="ksync-metrics-"))
+        self._metrics = metrics
+        self._wake = (-1, -1)
         self._status = 0
 
     def run(self) -> int:
@@ -185,7 +174,7 @@ class Supervisor:
         Raises:
             ConfigError: an address cannot be used.
         """
-        wake, waker = os.pipe()
+        self._wake = wake, waker = os.pipe()
         try:
             os.set_blocking(waker, False)
             os.set_blocking(wake, False)
@@ -195,18 +184,18 @@ class Supervisor:
             self._selector.register(wake, selectors.EVENT_READ, None)
             _raise_file_limit()
             self._sockets = self._bind(self._settings, _Sockets())
+            gc.collect()
+            gc.freeze()  # what is imported stays in memory that all workers share
             self._spawn_all(self._settings)
             self._loop(wake)
         finally:
             for child in self._children:
-                child.process.kill()
-                child.process.wait()
+                child.send(signal.SIGKILL)
             signal.set_wakeup_fd(-1)
             os.close(wake)
             os.close(waker)
             self._sockets.close()
             self._selector.close()
-            shutil.rmtree(self._metrics, ignore_errors=True)
         return self._status
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -253,13 +242,12 @@ class Supervisor:
             log.info("reloaded")
 
     def _reap(self) -> None:
-        for child in [each for each in self._children if each.process.poll() is not None]:
+        for child in [each for each in self._children if each.has_ended()]:
             self._children.remove(child)
             self._forget(child)
             if child.leaving or self._stopping_since is not None:
                 continue
-            code = child.process.returncode
-            log.error("worker ended", extra={"kind": child.kind, "pid": child.process.pid, "code": code})
+            log.error("worker ended", extra={"kind": child.kind, "pid": child.pid, "code": child.code})
             if self._reloading is not None and child.generation == self._generation:
                 self._abandon_reload()
             elif self._on_ready is not None and not child.ready:
@@ -271,11 +259,8 @@ class Supervisor:
     def _forget(self, child: _Child) -> None:
         if child.ready_pipe >= 0:
             self._selector.unregister(child.ready_pipe)
-            os.close(child.ready_pipe)
-        assert child.process.stdin is not None
-        with contextlib.suppress(OSError):
-            child.process.stdin.close()
-        for path in self._metrics.glob(f"gauge_live*_{child.process.pid}.db"):
+        child.close_pipes()
+        for path in self._metrics.glob(f"gauge_live*_{child.pid}.db"):
             path.unlink(missing_ok=True)  # its counters stay in the sums
 
     def _restart_later(self, child: _Child) -> None:
@@ -289,7 +274,7 @@ class Supervisor:
         if self._stopping_since is not None:
             if now - self._stopping_since > self._settings.server.shutdown_timeout_s + _MARGIN_S:
                 for child in self._children:
-                    child.process.kill()
+                    child.send(signal.SIGKILL)
             return
         due = [entry for entry in self._restarts if entry[0] <= now]
         self._restarts = [entry for entry in self._restarts if entry[0] > now]
@@ -297,14 +282,14 @@ class Supervisor:
             self._spawn(kind, self._reloading or self._settings)
         for child in self._children:
             if not child.ready and not child.leaving and now - child.started > _START_S:
-                log.error("worker does not answer", extra={"kind": child.kind, "pid": child.process.pid})
-                child.process.kill()
+                log.error("worker does not answer", extra={"kind": child.kind, "pid": child.pid})
+                child.send(signal.SIGKILL)
 
     # -- stopping and reloading -------------------------------------------------------------------
 
     def _leave(self, child: _Child, number: signal.Signals) -> None:
         child.leaving = True
-        child.process.send_signal(number)
+        child.send(number)
 
     def _stop(self) -> None:
         if self._stopping_since is None:
@@ -379,26 +364,45 @@ class Supervisor:
 
     def _spawn(self, kind: str, settings: Settings) -> None:
         ready, answered = os.pipe()
-        listen = [each.fileno() for each in self._sockets.listen.values()] if kind == "web" else []
-        admin = self._sockets.admin[1].fileno() if kind == "web" and self._sockets.admin else None
-        task = Task(kind, settings, tuple(listen), admin, answered)
-        inherited = [*listen, answered, *([admin] if admin is not None else [])]
-        environment = {**_MALLOC, **os.environ, _METRICS_FOLDER: str(self._metrics)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ksync_server.worker"],
-            stdin=subprocess.PIPE,
-            pass_fds=inherited,
-            env=environment,
-        )
+        lifeline, ours = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.close(ready)
+            os.close(ours)
+            os._exit(self._become_worker(kind, settings, answered, lifeline))
         os.close(answered)
-        assert process.stdin is not None
-        child = _Child(kind, self._generation, process, ready, time.monotonic())
+        os.close(lifeline)
+        child = _Child(kind, self._generation, pid, ready, ours, time.monotonic())
         self._children.append(child)
         self._selector.register(ready, selectors.EVENT_READ, child)
-        with contextlib.suppress(BrokenPipeError):  # it died already: `_reap` sees that
-            # The pipe stays open: its end is how a worker learns that the supervisor is gone.
-            process.stdin.write(task.encode())
-            process.stdin.flush()
+
+    def _become_worker(self, kind: str, settings: Settings, answered: int, lifeline: int) -> int:
+        """In the forked process: let go of everything that is the supervisor's, then work.
+
+        A worker that kept another one's lifeline would keep it alive beyond the supervisor.
+        """
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closing terminal speaks to the supervisor
+            for descriptor in self._wake:
+                os.close(descriptor)
+            self._selector.close()
+            for child in self._children:
+                child.close_pipes()
+            sockets = self._sockets
+            listen = tuple(sockets.listen.values()) if kind == "web" else ()
+            admin = sockets.admin[1] if kind == "web" and sockets.admin else None
+            return worker.work(worker.Task(kind, settings, listen, admin, answered, lifeline))
+        except BaseException:  # nothing of the supervisor's may run in this process
+            log.exception("worker failed")
+            return 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 def _raise_file_limit() -> None:

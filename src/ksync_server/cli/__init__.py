@@ -9,7 +9,7 @@ import click
 
 from ksync_server.cli import accounts
 from ksync_server.cli import demo as demonstration
-from ksync_server.cli.context import Context, Main
+from ksync_server.cli.context import Context, Main, shared_metrics
 
 __all__ = ["main"]
 
@@ -52,13 +52,15 @@ _set_option = click.option(
 def serve(context: Context, config: Path | None, overrides: tuple[str, ...]) -> None:
     """Serve until SIGTERM; SIGHUP reloads the configuration."""
     from ksync_server import log
-    from ksync_server.server import Supervisor
 
     where = _with_config(context, config, overrides)
     log.configure(where.settings().log)
-    with where.services():
-        pass  # a schema or key file that cannot be used is said here, once, not by each worker
-    raise SystemExit(Supervisor(where.settings).run())
+    with shared_metrics() as metrics:
+        from ksync_server.server import Supervisor
+
+        with where.services():
+            pass  # a schema or key file that cannot be used is said here, once, not by each worker
+        raise SystemExit(Supervisor(where.settings, metrics).run())
 
 
 @main.command("check-config")

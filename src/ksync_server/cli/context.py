@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,17 @@ class Context:
             yield services
         finally:
             services.close()
+
+
+@contextlib.contextmanager
+def shared_metrics() -> Iterator[Path]:
+    """A folder for counters that several processes share; prometheus-client looks for it when imported."""
+    with tempfile.TemporaryDirectory(prefix="ksync-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
 class Main(click.Group):

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import click
 
 from ksync_server import settings as configuration
 from ksync_server.cli import samples
+from ksync_server.cli.context import shared_metrics
 from ksync_server.errors import ConfigError
 from ksync_server.settings import Settings
 
@@ -87,14 +88,26 @@ _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
 def demo(data: Path, host: str, port: int, ready_file: Path | None, overrides: tuple[str, ...]) -> None:
     """Start everything on one folder with demo data, and print addresses and passwords."""
     from ksync_server import log
-    from ksync_server.server import Supervisor
 
     load = _loader(data.resolve(), host, port, overrides)
     settings = load()
     log.configure(settings.log)
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
-    accounts = _prepare(settings, data.resolve() / "demo.json")
+    with shared_metrics() as metrics:
+        accounts = _prepare(settings, data.resolve() / "demo.json")
+        raise SystemExit(_run(load, settings, metrics, accounts, host, ready_file))
+
+
+def _run(
+    load: Callable[[], Settings],
+    settings: Settings,
+    metrics: Path,
+    accounts: list[dict[str, Any]],
+    host: str,
+    ready_file: Path | None,
+) -> int:
+    from ksync_server.server import Supervisor
 
     def on_ready(bound: Bound) -> None:
         description = describe(accounts, settings, host, bound)
@@ -103,13 +116,13 @@ def demo(data: Path, host: str, port: int, ready_file: Path | None, overrides: t
             _write_private(ready_file, description)
 
     try:
-        raise SystemExit(Supervisor(load, on_ready).run())
+        return Supervisor(load, metrics, on_ready).run()
     finally:
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
 
 
-def _loader(data: Path, host: str, port: int, overrides: tuple[str, ...]) -> Any:
+def _loader(data: Path, host: str, port: int, overrides: tuple[str, ...]) -> Callable[[], Settings]:
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = data / "ksync.toml"
     if not config.exists():
