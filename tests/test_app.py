@@ -9,6 +9,7 @@ import io
 import json
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ class FakeGate:
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
-        self.pooled = False
+        self.queued_calls = 0
 
     def is_quick(self, credentials: Credentials | None) -> bool:
         return credentials is None or credentials.name != "slow"
@@ -61,6 +62,15 @@ class FakeGate:
                 raise errors.AppPasswordRequired("because of 2FA")
             case _:
                 raise errors.NotAuthenticated("no such account")
+
+    def queued(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Future[Identity]:
+        self.queued_calls += 1
+        future: Future[Identity] = Future()
+        try:
+            future.set_result(self.identify(credentials, peer, service=service))
+        except errors.NotAuthenticated as error:
+            future.set_exception(error)
+        return future
 
 
 class FakeDatabase:
@@ -314,16 +324,19 @@ def test_every_refusal_of_a_log_in_is_the_same(edge: Edge) -> None:
     assert answers[0].header("www-authenticate") == 'Basic realm="ksync", charset="UTF-8"'
 
 
-def test_slow_verifications_run_in_the_pool_and_quick_ones_on_the_loop(edge: Edge) -> None:
+def test_slow_verifications_have_threads_of_their_own_and_quick_ones_the_loop(edge: Edge) -> None:
     edge.ask()
-    assert edge.database.pooled_calls == 0
+    assert (edge.database.pooled_calls, edge.gate.queued_calls) == (0, 0)
     edge.ask(headers=login("slow"))
-    assert edge.database.pooled_calls == 1
-    edge.database.dialect = "postgresql"
-    postgresql = Edge()
-    postgresql.app._on_loop = False
-    postgresql.ask()
-    assert postgresql.database.pooled_calls == 1
+    assert (edge.database.pooled_calls, edge.gate.queued_calls) == (0, 1)
+
+
+def test_with_postgresql_the_loop_never_asks_the_database(edge: Edge) -> None:
+    edge.app._on_loop = False
+    edge.ask()
+    assert (edge.database.pooled_calls, edge.gate.queued_calls) == (1, 0)
+    edge.ask(headers=login("slow"))
+    assert (edge.database.pooled_calls, edge.gate.queued_calls) == (2, 1)
 
 
 def test_nothing_of_a_body_is_read_before_the_log_in(edge: Edge) -> None:
