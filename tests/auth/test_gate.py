@@ -53,6 +53,7 @@ SECRETS = (
     "application password of another account",
     "application password with one wrong letter",
     "application password that nobody has",
+    "application password with other random letters",
     "longer than any",
 )
 
@@ -71,6 +72,8 @@ def _person(door: Door, name: str, *, second_factor: bool, state: str, stranger:
     _, app = door.app_password(account)
     number, revoked = door.app_password(account)
     door.write(lambda tx: accounts.revoke_app_passwords(tx, account, number))
+    forged = app.replace("-", "")[:6] + passwords.new_app_password().secret[6:-3]
+    forged += passwords._check_letters(forged)
     scoped = {scopes: door.app_password(account, *scopes)[1] for scopes in SCOPES}
     code = "123456"
     if second_factor:
@@ -91,6 +94,7 @@ def _person(door: Door, name: str, *, second_factor: bool, state: str, stranger:
         "application password of another account": stranger,
         "application password with one wrong letter": wrong,
         "application password that nobody has": passwords.new_app_password().shown,
+        "application password with other random letters": forged,
         "longer than any": PASSWORD * 1000,
     }
     return Person(account, secrets, scoped)
@@ -289,6 +293,15 @@ def test_a_change_is_seen_by_the_next_request_of_every_process(door: Door, chang
                 process.log_in("alice@example.org", secret)
         else:
             process.log_in("alice@example.org", secret)
+
+
+@pytest.mark.parametrize("change", [{"second_factor": True}, {"state": "suspended"}, {"state": "new state"}])
+def test_even_a_change_that_forgot_the_epoch_is_seen(door: Door, change: dict[str, object]) -> None:
+    account = door.account()
+    door.log_in(account.sync_id, PASSWORD)
+    door.write(lambda tx: tx.execute(sa.update(t.account).values(**change)))
+    with pytest.raises(NotAuthenticated):
+        door.log_in(account.sync_id, PASSWORD)
 
 
 def test_a_suspension_that_ends_lets_the_owner_in_again(sqlite_door: Door) -> None:
@@ -566,6 +579,26 @@ def test_a_drive_of_others_and_none_at_all_are_alike(door: Door) -> None:
             door.enter(identity, drive_id)
         seen.add((str(caught.value), caught.value.headers, caught.value.precondition))
     assert len(seen) == 1
+
+
+def test_it_takes_both_the_organization_and_the_drive_to_be_a_member(door: Door) -> None:
+    alice, bob = door.account(), door.account("bob")
+    drive_id = door.drive("kdrive-team", bob)
+    with door.database.read() as tx:
+        organization_id = directory.organizations(tx)[0]["id"]
+    identity = door.log_in(alice.sync_id, PASSWORD)
+    door.write(lambda tx: accounts.put_member(tx, organization_id, alice, "administrator"))
+    with pytest.raises(NotFound):
+        door.enter(identity, drive_id)
+    door.write(lambda tx: accounts.add_drive_member(tx, drive_id, alice))
+    assert door.enter(identity, drive_id).account_id == alice.id
+    assert (
+        door.enter(identity, drive_id).root_id
+        != door.enter(door.log_in(bob.sync_id, PASSWORD), drive_id).root_id
+    )
+    door.write(lambda tx: accounts.remove_member(tx, organization_id, alice))
+    with pytest.raises(NotFound):
+        door.enter(identity, drive_id)
 
 
 def test_the_refusal_names_the_offer_and_what_to_do(door: Door) -> None:
