@@ -228,7 +228,10 @@ def create_account(
         "second_factor": False,
         "created_at": now,
     }
-    account_id = tx.execute(sa.insert(t.account).returning(t.account.c.id), row).scalar_one()
+    try:
+        account_id = tx.execute(sa.insert(t.account).returning(t.account.c.id), row).scalar_one()
+    except sa.exc.IntegrityError:  # somebody else took the name a moment ago
+        raise Conflict(f"{email} or {number} belongs to another account.") from None
     create_collection(tx, account_id, "calendar", "default", "Calendar")
     create_collection(tx, account_id, "addressbook", "default", "Contacts")
     audit(tx, actor, "account.create", number, {"login_email": email})
