@@ -24,11 +24,12 @@ from ksync_server.wire import headers as grammar
 _NAME = 0  # column of `objects.COLUMNS`
 _O = t.object_.c
 _P = sa.bindparam
-_MEMBERS = (
-    sa.select(*objects.COLUMNS)
+_MEMBERS, _MEMBERS_WITH_ID = (
+    sa.select(*objects.COLUMNS[:count])
     .where(_O.collection_id == _P("collection_id"), _O.name > _P("after"))
     .order_by(_O.name)
     .limit(_P("most"))
+    for count in (6, 8)
 )
 
 
@@ -152,11 +153,12 @@ class Propfind:
         if root:
             listed = Listed(collection, collections.properties(tx, collection.id))
             own = properties.Collections(asked, kind).response(listed)
-        return _Opened(collection, own, self._rows(tx, collection.id, ""), key, None)
+        return _Opened(collection, own, self._rows(tx, asked, collection.id, ""), key, None)
 
-    def _rows(self, tx: Read, collection_id: int, after: str) -> list[Row]:
+    def _rows(self, tx: Read, asked: Asked, collection_id: int, after: str) -> list[Row]:
         values = {"collection_id": collection_id, "after": after, "most": self._page}
-        return tx.fast(_MEMBERS, values)
+        with_id = DAV + "resource-id" in asked.find.names
+        return tx.fast(_MEMBERS_WITH_ID if with_id else _MEMBERS, values)
 
     async def _pieces(self, asked: Asked, place: Place, opened: _Opened) -> AsyncGenerator[str, None]:
         """The body, a page at a time; kept afterwards if nothing changed while it was read."""
@@ -180,7 +182,7 @@ class Propfind:
             if last:
                 break
             after = rows[-1][_NAME]
-            rows = await database.hot(lambda tx, after=after: self._rows(tx, collection.id, after))  # type: ignore[misc]
+            rows = await database.hot(lambda tx, after=after: self._rows(tx, asked, collection.id, after))  # type: ignore[misc]
             piece = ""
         if kept is not None and len(kept) > 1:
             now = await database.hot(
