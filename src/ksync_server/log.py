@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -30,7 +31,12 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {
 
 def stamp(at: float) -> str:
     """Unix seconds as RFC 3339 in UTC with milliseconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + f".{int(at * 1000) % 1000:03d}Z"
+    return f"{_second(int(at))}.{int(at * 1000) % 1000:03d}Z"
+
+
+@lru_cache(maxsize=2)
+def _second(at: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
 
 
 def line(style: str, fields: Mapping[str, Any]) -> bytes:
