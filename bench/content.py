@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 from bench.measure import Connection
 
@@ -46,10 +46,13 @@ def put_all(
     connect: Callable[[], Connection], path: Callable[[int], str], content: Callable[[int], bytes], count: int
 ) -> None:
     """PUT `count` resources over four connections; each must be created."""
+    over = threading.Event()
 
     def work(first: int) -> None:
         connection = connect()
         for number in range(first, count, 4):
+            if over.is_set():
+                break
             kind = {"Content-Type": "text/calendar" if path(number).endswith(".ics") else "text/plain"}
             status, body = connection.send(connection.prepare("PUT", path(number), content(number), kind))
             if status != 201:
@@ -57,5 +60,8 @@ def put_all(
         connection.close()
 
     with ThreadPoolExecutor(4) as pool:
-        for job in list(islice((pool.submit(work, first) for first in range(4)), 4)):
-            job.result()
+        try:
+            for job in [pool.submit(work, first) for first in range(4)]:
+                job.result()
+        finally:
+            over.set()  # one that failed, or a signal, ends all
