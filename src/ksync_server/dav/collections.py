@@ -54,6 +54,7 @@ _NEW = (
     )
     .returning(_C.id)
 )
+_HOLD = sa.select(_C.id).where(_C.id == _P("id_")).with_for_update()
 _HIDE = sa.update(t.collection).where(_C.id == _P("id_")).values(account_id=None)
 _HIDDEN = (
     sa.select(_C.id).where(_C.account_id.is_(None), _C.kind != "drive").order_by(_C.id).limit(_P("most"))
@@ -208,6 +209,11 @@ def lock(tx: Write, account_id: int, kind: Kind, name: str, by: int = 1) -> Coll
     """
     changes.bump(tx, get(tx, account_id, kind, name).id, by)
     return get(tx, account_id, kind, name)  # again: until the lock was ours, everything could change
+
+
+def hold(tx: Write, collection_id: int) -> None:
+    """Keep a collection from changing until commit, without a change number."""
+    tx.scalar(_HOLD, {"id_": collection_id})
 
 
 def lock_pair(

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ksync_server import settings as configuration
-from ksync_server.dav import filters, objects
+from ksync_server.dav import filters, objects, occurrences
 from ksync_server.dav.places import Kind
 from ksync_server.errors import CALDAV, CARDDAV, BadRequest, ClientError, Forbidden, InsufficientStorage
-from ksync_server.wire import ical, recurrence, vcard
+from ksync_server.wire import contentline, ical, recurrence, vcard
 from ksync_server.wire.xml import Element
 
 NAME = {Kind.CALENDAR: CALDAV + "calendar-data", Kind.ADDRESSBOOK: CARDDAV + "address-data"}
@@ -151,10 +151,6 @@ class Payload:
     error: ClientError | None = None
 
 
-_GENEROUS = 5  # objects of one answer that may use up their budget
-_STINGY = 20  # the others get this part of it: real recurrences need still less
-
-
 class Renderer:
     """Contents of the objects of one answer as asked; one thread at a time.
 
@@ -165,8 +161,7 @@ class Renderer:
     def __init__(self, asked: DataRequest, zone: datetime.tzinfo, limits: configuration.Dav) -> None:
         self._asked = asked
         self._zone = zone
-        self._budget = objects.budget(limits)
-        self._exhausted = 0
+        self._allowance = occurrences.Allowance(objects.budget(limits))
         self._left_bytes = limits.max_answer_bytes
 
     @property
@@ -182,16 +177,13 @@ class Renderer:
         Cost: none for the whole object; else one parse, and for expand at most the object's budget.
         """
         if self._asked.whole:
-            return Payload(content.decode("utf-8"))
+            return Payload(contentline.as_text(content))
         if self._left_bytes <= 0:
             return Payload(error=InsufficientStorage("The answer is too large."))
         try:
             text = self._render(content)
         except recurrence.TooManySteps:
-            self._exhausted += 1
-            if self._exhausted == _GENEROUS:
-                steps, instances = self._budget.max_steps, self._budget.max_instances
-                self._budget = recurrence.Budget(steps // _STINGY, instances)
+            self._allowance.exhausted()
             return Payload(error=InsufficientStorage("The object has too many instances in this range."))
         self._left_bytes -= len(text)
         return Payload(text)
@@ -219,4 +211,4 @@ class Renderer:
         if chosen is None:
             return calendar
         cut = recurrence.expand if asked.expand else recurrence.limit_recurrence_set
-        return cut(found, chosen.start, chosen.end, self._zone, self._budget)
+        return cut(found, chosen.start, chosen.end, self._zone, self._allowance.budget)

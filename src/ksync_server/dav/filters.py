@@ -7,8 +7,11 @@ properties must match (RFC 4791 §9.7.1), so a moved or renamed occurrence count
 from __future__ import annotations
 
 import datetime
+import re
+import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from ksync_server.errors import CALDAV, CARDDAV, Forbidden
@@ -20,6 +23,32 @@ _COLLATIONS = ("i;ascii-casemap", "i;octet", "i;unicode-casemap")
 _ASCII_LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 _DEPTH = 4  # VCALENDAR > VEVENT > VALARM is all there is; one more for the standard's future
 _COUNT = 200  # filters of one query: every one is tried on every candidate
+_UTC = re.compile(r"\d{8}T\d{6}Z", re.ASCII)
+
+# What may stand where (RFC 5545 §3.6, RFC 7953 §3.1); names not listed are extensions and may stand anywhere.
+_INSIDE = {
+    "VALARM": ("VEVENT", "VTODO"),
+    "AVAILABLE": ("VAVAILABILITY",),
+    "STANDARD": ("VTIMEZONE",),
+    "DAYLIGHT": ("VTIMEZONE",),
+    "VCALENDAR": (),
+} | dict.fromkeys(["VTIMEZONE", *ical.OBJECT_KINDS], ("VCALENDAR",))
+_TIMED_COMPONENTS = ical.OBJECT_KINDS | {"VALARM"}
+_TIMED_PROPERTIES = frozenset(
+    {
+        "ACKNOWLEDGED",
+        "COMPLETED",
+        "CREATED",
+        "DTEND",
+        "DTSTAMP",
+        "DTSTART",
+        "DUE",
+        "EXDATE",
+        "LAST-MODIFIED",
+        "RDATE",
+        "RECURRENCE-ID",
+    }
+)
 
 MatchType = Literal["contains", "equals", "starts-with", "ends-with"]
 _MATCH_TYPES: dict[str, MatchType] = {
@@ -103,9 +132,22 @@ def fold(text: str, collation: str) -> str:
     """The text as the collation compares it (RFC 4790 §9.2, RFC 5051)."""
     if collation == "i;octet":
         return text
+    if text.isascii():
+        return text.lower()
     if collation == "i;ascii-casemap":
         return text.translate(_ASCII_LOWER)
-    return text.casefold()
+    return "".join(map(_folded_character, text))
+
+
+@lru_cache(maxsize=8192)
+def _folded_character(character: str) -> str:
+    """One character without case and decomposed: composed and decomposed text are alike.
+
+    Character by character, as RFC 5051 §2 has it: combining marks are not put in order, so what is part of a
+    text is part of the folded text.
+    """
+    plain = unicodedata.normalize("NFKD", character)
+    return unicodedata.normalize("NFKD", plain.upper().casefold())
 
 
 # -- parsing --------------------------------------------------------------------------------------
@@ -182,8 +224,11 @@ class _Grammar:
         ranges = [_time_range(part, self) for part in parts if self.is_named(part, "time-range")]
         if not card and len(texts) + len(ranges) > 1:
             raise self.invalid("A prop-filter has one text-match or time-range at most.")
+        name = self.name_of(element)
+        if ranges and name not in _TIMED_PROPERTIES and not name.startswith("X-"):
+            raise self.invalid(f"{name} is no time.")
         return PropFilter(
-            self.name_of(element),
+            name,
             absent,
             ranges[0] if ranges else None,
             texts,
@@ -197,9 +242,12 @@ class _Grammar:
             raise self.invalid("test is anyof or allof.")
         return test == "anyof"
 
-    def comp_filter(self, element: Element, depth: int) -> CompFilter:
+    def comp_filter(self, element: Element, depth: int, parent: str) -> CompFilter:
         if depth > _DEPTH:
             raise self.invalid("The filter is nested too deep.")
+        name = self.name_of(element)
+        if parent and parent not in _INSIDE.get(name, (parent,)):
+            raise self.invalid(f"There is no {name} inside {parent}.")
         parts = self.children(element, "is-not-defined", "time-range", "prop-filter", "comp-filter")
         absent = any(self.is_named(part, "is-not-defined") for part in parts)
         if absent and len(parts) > 1:
@@ -207,12 +255,18 @@ class _Grammar:
         ranges = [_time_range(part, self) for part in parts if self.is_named(part, "time-range")]
         if len(ranges) > 1:
             raise self.invalid("A comp-filter has one time-range at most.")
+        if ranges and name not in _TIMED_COMPONENTS:
+            raise self.invalid(f"{name} has no time range.")
         return CompFilter(
-            self.name_of(element),
+            name,
             absent,
             ranges[0] if ranges else None,
             tuple(self.prop_filter(part) for part in parts if self.is_named(part, "prop-filter")),
-            tuple(self.comp_filter(part, depth + 1) for part in parts if self.is_named(part, "comp-filter")),
+            tuple(
+                self.comp_filter(part, depth + 1, name)
+                for part in parts
+                if self.is_named(part, "comp-filter")
+            ),
         )
 
 
@@ -224,6 +278,8 @@ def parse_utc(value: str | None) -> datetime.datetime | None:
     """
     if value is None:
         return None
+    if _UTC.fullmatch(value) is None:
+        raise ValueError("no time in UTC")
     return datetime.datetime.strptime(value, "%Y%m%dT%H%M%SZ").replace(tzinfo=datetime.UTC)
 
 
@@ -260,10 +316,7 @@ def parse_calendar_filter(element: Element) -> CompFilter:
     parts = grammar.children(element, "comp-filter")
     if len(parts) != 1 or grammar.name_of(parts[0]) != "VCALENDAR":
         raise grammar.invalid("A filter is one comp-filter of VCALENDAR.")
-    top = grammar.comp_filter(parts[0], 1)
-    if top.time_range is not None:
-        raise grammar.invalid("VCALENDAR has no time range.")
-    return top
+    return grammar.comp_filter(parts[0], 1, "")
 
 
 def parse_card_filter(element: Element) -> CardFilter:
@@ -283,7 +336,7 @@ def parse_card_filter(element: Element) -> CardFilter:
 
 
 def _text(match: TextMatch, values: Iterable[str]) -> bool:
-    """Whether any value matches; negated: whether none does (RFC 6352 §10.5.4)."""
+    """Whether any value matches; negated: whether none does (RFC 4791 §9.7.5, RFC 6352 §10.5.4)."""
     return any(match.matches(value) for value in values) != match.negate
 
 
@@ -296,18 +349,35 @@ def _param(condition: ParamFilter, prop: Property) -> bool:
 
 
 def _property(
-    condition: PropFilter, found: list[Property], texts: list[str], in_range: Callable[[Property], bool]
+    condition: PropFilter,
+    found: list[Property],
+    text_of: Callable[[Property], str],
+    in_range: Callable[[Property], bool],
 ) -> bool:
-    """One prop-filter on the properties of its name; `texts` are their unescaped values."""
-    if condition.is_not_defined or not found:
-        return condition.is_not_defined and not found
-    if condition.time_range is not None and not any(in_range(prop) for prop in found):
+    """One prop-filter on the properties of its name: whether one of them satisfies it by itself.
+
+    Text and parameters are asked of the same property: the attendee who is lisa is the one who has not
+    answered (RFC 4791 §7.8.7).
+    """
+    if condition.is_not_defined:
+        return not found
+    return any(_one_property(condition, prop, text_of, in_range) for prop in found)
+
+
+def _one_property(
+    condition: PropFilter,
+    prop: Property,
+    text_of: Callable[[Property], str],
+    in_range: Callable[[Property], bool],
+) -> bool:
+    if condition.time_range is not None and not in_range(prop):
         return False
-    conditions = [_text(match, texts) for match in condition.texts]
-    conditions += [any(_param(param, prop) for prop in found) for param in condition.params]
-    if not conditions:
+    if not condition.texts and not condition.params:
         return True
-    return any(conditions) if condition.any_of else all(conditions)
+    text = text_of(prop) if condition.texts else ""
+    results = [_text(match, (text,)) for match in condition.texts]
+    results += [_param(param, prop) for param in condition.params]
+    return any(results) if condition.any_of else all(results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +387,7 @@ class _Calendar:
     object: ical.CalendarObject
     zone: datetime.tzinfo
     budget: recurrence.Budget
+    rings: dict[TimeRange, set[tuple[int, int]]] = field(default_factory=dict)  # what `ringing` found
 
     def inside(self, wanted: CompFilter, component: ical.Component) -> bool:
         """Properties and nested components of one component, its own time range apart."""
@@ -327,30 +398,39 @@ class _Calendar:
     def property(self, condition: PropFilter, component: ical.Component) -> bool:
         """One prop-filter on one component."""
         found = component.all(condition.name)
-        return _property(
-            condition, found, [prop.text() for prop in found], lambda prop: self.in_range(condition, prop)
-        )
+        return _property(condition, found, Property.text, lambda prop: self.in_range(condition, prop))
 
     def in_range(self, condition: PropFilter, prop: Property) -> bool:
         """The time-range of a prop-filter on one date property."""
         wanted = condition.time_range
         assert wanted is not None
-        return recurrence.property_in_range(prop, self.object.calendar, wanted.start, wanted.end, self.zone)
+        if "," in prop.value:  # EXDATE, RDATE
+            values = [Property(prop.name, prop.params, text, "") for text in prop.value.split(",")]
+        else:
+            values = [prop]
+        return any(
+            recurrence.property_in_range(value, self.object.calendar, wanted.start, wanted.end, self.zone)
+            for value in values
+        )
 
     def nested(self, wanted: CompFilter, parent: ical.Component) -> bool:
         """A comp-filter below a component that is already chosen."""
         found = [child for child in parent.children if child.name == wanted.name]
         if wanted.is_not_defined:
             return not found
-        if wanted.name == "VALARM" and wanted.time_range is not None:
-            found = self.ringing(wanted.time_range, parent)
+        if wanted.time_range is not None:  # of alarms: no other nested component has one
+            ringing = self.ringing(wanted.time_range)
+            found = [child for child in found if (id(parent), id(child)) in ringing]
         return any(self.inside(wanted, child) for child in found)
 
-    def ringing(self, wanted: TimeRange, parent: ical.Component) -> list[ical.Component]:
-        """The alarms of a component that ring within a range."""
-        alarms = recurrence.alarms(self.object, wanted.start, wanted.end, zone=self.zone, budget=self.budget)
-        found = {id(alarm.alarm): alarm.alarm for alarm in alarms if alarm.component is parent}
-        return list(found.values())
+    def ringing(self, wanted: TimeRange) -> set[tuple[int, int]]:
+        """The alarms that ring within a range, each with its component; computed once for all of them."""
+        if wanted not in self.rings:
+            alarms = recurrence.alarms(
+                self.object, wanted.start, wanted.end, zone=self.zone, budget=self.budget
+            )
+            self.rings[wanted] = {(id(alarm.component), id(alarm.alarm)) for alarm in alarms}
+        return self.rings[wanted]
 
     def top(self, wanted: CompFilter) -> bool:
         """A comp-filter directly below VCALENDAR: time ranges are decided per instance."""
@@ -359,8 +439,6 @@ class _Calendar:
             return wanted.is_not_defined and not found
         if wanted.time_range is None:
             return any(self.inside(wanted, component) for component in found)
-        if wanted.name != self.object.component:
-            return False  # VTIMEZONE has no time of its own
         instances = recurrence.occurrences(
             self.object, wanted.time_range.start, wanted.time_range.end, zone=self.zone, budget=self.budget
         )
@@ -372,6 +450,11 @@ class _Calendar:
             if tried[id(component)]:
                 return True
         return False
+
+
+def _ranges(wanted: CompFilter) -> int:
+    """How often the filter asks when something happens."""
+    return sum(map(_ranges, wanted.comps), int(wanted.time_range is not None))
 
 
 def matches_calendar(
@@ -387,7 +470,10 @@ def matches_calendar(
 
     Spec: RFC 4791 §9.7. Cost: the object's recurrence within the range, at most the budget.
     """
-    calendar = _Calendar(found, zone, budget)
+    if wanted.is_not_defined:
+        return False
+    ranges = max(1, _ranges(wanted))
+    calendar = _Calendar(found, zone, recurrence.Budget(budget.max_steps // ranges, budget.max_instances))
     return all(calendar.property(condition, found.calendar) for condition in wanted.props) and all(
         calendar.top(comp) for comp in wanted.comps
     )
@@ -409,7 +495,7 @@ def _card_property(condition: PropFilter, card: vcard.Card) -> bool:
     found = card.all(name if dot else condition.name)
     if dot:
         found = [prop for prop in found if prop.group.upper() == group]
-    return _property(condition, found, [vcard.text_of(prop) for prop in found], lambda _: True)
+    return _property(condition, found, vcard.text_of, lambda _: True)
 
 
 # -- what the rows keep ---------------------------------------------------------------------------
@@ -419,13 +505,18 @@ _FOLDED_CHARACTERS = 2_000
 
 
 def folded(card: vcard.Card) -> str:
-    """The searchable text of a contact for its row: casefolded values, one a line, each behind its name.
+    """The searchable text of a contact for its row: folded values, one a line, each behind its name.
 
     A prefilter only: what `may_match` lets pass is still decided on the card itself.
     """
-    lines = [f"{name}:{vcard.text_of(prop)}".casefold() for name in _FOLDED for prop in card.all(name)]
-    text = "\n".join(line.replace("\n", " ") for line in lines)
+    values = [(name, _coarse(vcard.text_of(prop))) for name in _FOLDED for prop in card.all(name)]
+    text = "\n".join(f"{name.lower()}:{value}" for name, value in values)
     return text if len(text) <= _FOLDED_CHARACTERS else ""  # "" = ask the card
+
+
+def _coarse(text: str) -> str:
+    """Folded at least as much as any collation folds; what is part of a text stays part of it."""
+    return fold(text, "i;unicode-casemap").replace("\n", " ")
 
 
 def may_match(wanted: CardFilter, text: str) -> bool:
@@ -446,6 +537,5 @@ def _may_match(condition: PropFilter, text: str) -> bool:
     )
     if not decidable:
         return True
-    # Casefolding is coarser than every collation here, and a newline inside a value became a space.
-    found = (match.text.casefold().replace("\n", " ") in text for match in condition.texts)
+    found = (_coarse(match.text) in text for match in condition.texts)
     return any(found) if condition.any_of else all(found)

@@ -1,8 +1,9 @@
 """The occurrence index: when things happen, kept beside the rows so that a month costs a month.
 
-`facts` is what every object's row keeps: a superset of its time span. A recurring object has in addition one
-packed array of starts and ends within a horizon, computed lazily and outside every transaction by the
-budgeted iterator of `wire.recurrence`; it carries the change number of the object it was made from.
+`facts` is what every object's row keeps: a superset of its time span. An event that recurs or floats has in
+addition one packed array of starts and ends within a horizon, computed lazily and outside every transaction
+by the budgeted iterator of `wire.recurrence`; it carries the change number of the object it was made from,
+and holds for the time zone of its calendar.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import sqlalchemy as sa
 from ksync_server.store import tables as t
 from ksync_server.store.database import Read, Write
 from ksync_server.wire import ical, recurrence
-from ksync_server.wire.series import moment_in
+from ksync_server.wire.series import moment_of
 
 _BEFORE_S = 366 * 86400  # horizon around the asked range: clients move month by month
 _AFTER_S = 2 * 366 * 86400
+_LONGEST_S = 4 * 366 * 86400  # of a longer range the index holds the beginning only
+_TIMES = frozenset({"DTSTART", "DTEND", "DUE", "RECURRENCE-ID", "RDATE", "EXDATE"})
+_LOW_S, _HIGH_S = -62_135_596_800 + 2 * 86400, 253_402_300_799 - 2 * 86400  # years 1 to 9999
 _MAX_PACKED = 20_000  # instances of one object in one horizon; more are asked of the object itself
 
 
@@ -44,15 +48,55 @@ class Index:
     packed: bytes
     complete: bool
 
-    def covers(self, seq: int, start: int, end: int) -> bool:
-        """Whether it can answer for this version of the object and this range."""
-        return self.complete and self.seq == seq and self.from_at <= start and end <= self.until_at
+    def covers(self, start: int, end: int) -> bool:
+        """Whether the horizon holds the range."""
+        return self.from_at <= start and end <= self.until_at
 
-    def hits(self, start: int, end: int) -> bool:
-        """Whether an occurrence overlaps [start, end); one without length counts where it starts."""
+    def hits(self, start: int, end: int) -> bool | None:
+        """Whether an occurrence overlaps [start, end); None where the index does not know.
+
+        An occurrence without length counts where it starts. One that is in the index is a hit even of a range
+        that leaves the horizon.
+
+        Spec: RFC 4791 §9.9. Cost: two binary searches, and a pass over what began before.
+        """
         starts, ends = _unpacked(self.packed)
-        stop = bisect_left(starts, end)
-        return any(ends[at] > start or ends[at] == starts[at] == start for at in range(stop - 1, -1, -1))
+        first = bisect_left(starts, start)
+        if first < len(starts) and starts[first] < end:
+            return True
+        if max(ends[:first], default=start) > start:
+            return True
+        return False if self.complete and self.covers(start, end) else None
+
+
+_WHOLE = 3  # objects of one request that may use up the whole budget
+_PART = 20  # objects that may then use up a part of it
+_PARTS = (20, 200)  # which part these get, and which all others: real recurrences need still less
+
+
+class Allowance:
+    """What following recurrences may cost in one request that meets many objects.
+
+    The first objects that exhaust a budget had the whole of it; then it shrinks, so that a calendar full of
+    rules that cannot be followed is answered as soon as any other.
+    """
+
+    def __init__(self, whole: recurrence.Budget) -> None:
+        self.budget = whole
+        self._whole = whole
+        self._exhausted = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether an object that exhausts it is known to be one that cannot be followed."""
+        return self._exhausted < _WHOLE
+
+    def exhausted(self) -> None:
+        """An object has used up `budget`."""
+        self._exhausted += 1
+        if self._exhausted >= _WHOLE:
+            part = _PARTS[0] if self._exhausted < _WHOLE + _PART else _PARTS[1]
+            self.budget = recurrence.Budget(self._whole.max_steps // part, self._whole.max_instances)
 
 
 def facts(found: ical.CalendarObject, zone: datetime.tzinfo, budget: recurrence.Budget) -> Facts:
@@ -69,12 +113,15 @@ def facts(found: ical.CalendarObject, zone: datetime.tzinfo, budget: recurrence.
 
 def _is_floating(found: ical.CalendarObject) -> bool:
     """Whether any of its times depends on the time zone of who asks: floating ones and dates."""
-    moments = (
-        moment_in(component, name, found.calendar)
+    return any(
+        moment is not None and moment.zone is None
         for component in found.components
-        for name in ("DTSTART", "DTEND", "DUE", "RECURRENCE-ID")
+        for prop in component.properties
+        if prop.name in _TIMES
+        for text in prop.value.replace("/", ",").split(",")
+        if text.strip()[:1].isdigit()  # no duration
+        for moment in (moment_of(prop, text, found.calendar),)
     )
-    return any(moment is not None and moment.zone is None for moment in moments)
 
 
 def compute(
@@ -85,7 +132,19 @@ def compute(
     zone: datetime.tzinfo,
     budget: recurrence.Budget,
 ) -> Index:
-    """The index of one object for a horizon around a range; incomplete where the budget ended first."""
+    """The index of one object for a horizon around a range; incomplete where the budget ended first.
+
+    Args:
+        start, end: Unix seconds; of an open or very long range the horizon holds the beginning, of one that
+            is open to the past the end.
+        zone: of the object's calendar.
+
+    Cost: at most the budget.
+    """
+    if start < _LOW_S:
+        start = max(end, _LOW_S) if end <= _HIGH_S else _LOW_S
+    if end - start > _LONGEST_S:
+        end = start
     from_at, until_at = start - _BEFORE_S, end + _AFTER_S
     starts, ends = array("q"), array("q")
     complete = True
@@ -105,8 +164,7 @@ def compute(
 
 
 def _utc(at: int) -> datetime.datetime:
-    low, high = -62135596800 + 86400 * 366, 253402300799 - 86400 * 366
-    return datetime.datetime.fromtimestamp(min(max(at, low), high), datetime.UTC)
+    return datetime.datetime.fromtimestamp(min(max(at, _LOW_S), _HIGH_S), datetime.UTC)
 
 
 def _unpacked(packed: bytes) -> tuple[array[int], array[int]]:

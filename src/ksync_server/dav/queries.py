@@ -2,11 +2,13 @@
 
 A month costs a month: the rows' time spans and the occurrence index decide nearly everything without
 looking at content. What they cannot decide is decided on the object itself, in the pool, within the
-recurrence budget; an object that exhausts it counts as a match, since a superset loses nothing.
+request's allowance of recurrence steps; an object that exhausts it counts as a match, since a superset loses
+nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from ksync_server import settings as configuration
-from ksync_server.dav import filters, objects, occurrences
+from ksync_server.dav import collections, filters, objects, occurrences
 from ksync_server.dav.collections import Collection
 from ksync_server.dav.filters import CardFilter, CompFilter, TimeRange
 from ksync_server.dav.objects import StoredObject
-from ksync_server.errors import DAV, ClientError, Forbidden
+from ksync_server.errors import DAV, ClientError, Forbidden, Unavailable
 from ksync_server.store import blobs as store
 from ksync_server.store import tables as t
 from ksync_server.store.blobs import Blobs, Content
@@ -26,8 +28,7 @@ from ksync_server.store.database import Database, Read, Row, Write
 from ksync_server.wire import contentline, ical, recurrence, vcard
 
 _PAGE = 200  # rows of one read transaction
-_HORIZON_YEARS_S = 4 * 366 * 86400  # longer ranges are not answered from the index
-_EXHAUSTED = 20  # objects of one request that may use up their budget; the rest count as matches
+_KEPT_AT_ONCE = 50  # indexes written in one transaction
 _LOWEST, _HIGHEST = -(1 << 62), 1 << 62
 
 _O = t.object_.c
@@ -109,9 +110,9 @@ class _Span:
         )
 
     @property
-    def indexed(self) -> bool:
-        """Whether an index with a horizon can cover it."""
-        return self.end - self.start <= _HORIZON_YEARS_S
+    def endless(self) -> bool:
+        """Whether both sides are open."""
+        return self.start == _LOWEST and self.end == _HIGHEST
 
 
 class CalendarQuery:
@@ -139,10 +140,9 @@ class CalendarQuery:
         self._wanted = wanted
         self._zone = zone
         self._zone_is_own = zone_is_own
-        self._settings = settings
-        self._budget = objects.budget(settings)
-        self._limits = objects.calendar_limits(settings)
-        self._exhausted = 0
+        self._allowance = occurrences.Allowance(objects.budget(settings))
+        self._made: list[tuple[int, occurrences.Index]] = []
+        self._floating_made = False
         self._span = _Span.of(_only_range(wanted))
         self._plain = _is_plain(wanted)
 
@@ -183,28 +183,32 @@ class CalendarQuery:
 
     def _judge(self, candidate: _Candidate) -> bool | None:
         """True or False where the row and the index say so, None where the object must be read."""
-        stored = candidate.object
         if not self._plain:
             return None
-        if stored.component != self._wanted.comps[0].name:
+        if self._wanted.comps and candidate.object.component != self._wanted.comps[0].name:
             return False
-        span = self._span
-        if span.start == _LOWEST and span.end == _HIGHEST:
+        if self._span.endless:
             return True
-        if not candidate.recurring:
-            if stored.component == "VEVENT" and not candidate.floating:
-                return _overlaps(candidate, span)
+        if candidate.object.component != "VEVENT":
             return None
-        usable = candidate.index is not None and (self._zone_is_own or not candidate.floating)
-        if (
-            usable
-            and candidate.index is not None
-            and candidate.index.covers(stored.seq, span.start, span.end)
-        ):
-            if stored.component == "VEVENT":
-                return candidate.index.hits(span.start, span.end)
+        if not (candidate.recurring or candidate.floating):
+            return _overlaps(candidate, self._span)
+        index = self._usable(candidate)
+        return None if index is None else self._answer(index)
+
+    def _usable(self, candidate: _Candidate) -> occurrences.Index | None:
+        """The stored index where it is of this version of the object and of this query's time zone."""
+        index = candidate.index
+        if index is None or index.seq != candidate.object.seq:
             return None
-        return None
+        return index if self._zone_is_own or not candidate.floating else None
+
+    def _answer(self, index: occurrences.Index) -> bool | None:
+        """What an index says; one that could not be completed counts as a match within its horizon."""
+        verdict = index.hits(self._span.start, self._span.end)
+        if verdict is None and not index.complete and index.covers(self._span.start, self._span.end):
+            return True
+        return verdict
 
     def _decide(
         self, found: Iterable[tuple[_Candidate, bool | None]], contents: dict[int, Content]
@@ -218,42 +222,66 @@ class CalendarQuery:
                 verdict = self._evaluate(candidate, data)
             if verdict:
                 matches.append(Match(candidate.object, data))
+        self._keep()
         return matches
 
     def _evaluate(self, candidate: _Candidate, data: bytes) -> bool:
-        """The filter on the object itself; computes the index it lacked on the way."""
+        """The filter on the object itself, by the index it lacked where that suffices."""
         try:
-            found = ical.check_object(ical.parse(data, self._limits), self._limits)
-        except contentline.BadContent:
-            return False  # stored under wider limits than today's; it cannot be shown to match
-        if self._exhausted >= _EXHAUSTED:
-            return True
-        try:
-            verdict = filters.matches_calendar(self._wanted, found, self._zone, self._budget)
+            found = ical.check_object(ical.parse(data, objects.STORED), objects.STORED)
+            verdict = self._indexed(candidate, found)
+            if verdict is not None:
+                return verdict
+            return filters.matches_calendar(self._wanted, found, self._zone, self._allowance.budget)
         except recurrence.TooManySteps:
-            self._exhausted += 1
-            verdict = True
-        self._index(candidate, found)
-        return verdict
+            self._allowance.exhausted()
+            return True
+        except contentline.BadContent:
+            return False  # what cannot be read today happens nowhere, and must not stop the others
 
-    def _index(self, candidate: _Candidate, found: ical.CalendarObject) -> None:
-        """Compute and keep the index of a recurring object, in its calendar's own zone."""
-        stored, span = candidate.object, self._span
-        stale = candidate.index is None or candidate.index.seq != stored.seq
-        outside = (
-            candidate.index is not None
-            and candidate.index.complete
-            and not candidate.index.covers(stored.seq, span.start, span.end)
+    def _indexed(self, candidate: _Candidate, found: ical.CalendarObject) -> bool | None:
+        """Compute the index of an event that recurs or floats, to be kept, and ask it.
+
+        Only with a whole budget: an index that stays incomplete says that nobody can complete it.
+        """
+        wanted = (
+            self._plain
+            and self._zone_is_own
+            and found.component == "VEVENT"
+            and (candidate.recurring or candidate.floating)
         )
-        wanted = candidate.recurring and self._zone_is_own and self._plain and span.indexed
-        if not (wanted and (stale or outside)):
-            return
-        made = occurrences.compute(found, stored.seq, span.start, span.end, self._zone, self._budget)
+        index = self._usable(candidate)
+        hopeless = index is not None and not index.complete
+        if not wanted or hopeless or not self._allowance.is_whole:
+            return None
+        seq, span = candidate.object.seq, self._span
+        made = occurrences.compute(found, seq, span.start, span.end, self._zone, self._allowance.budget)
+        if not made.complete:
+            self._allowance.exhausted()
+        self._made.append((candidate.object.id, made))
+        self._floating_made |= candidate.floating
+        return self._answer(made)
 
-        def keep(tx: Write) -> None:
-            occurrences.put_index(tx, stored.id, made)
+    def _keep(self) -> None:
+        """Store what was computed, without waiting: whoever needs it before computes it again."""
+        made, floating = self._made, self._floating_made
+        self._made, self._floating_made = [], False
 
-        self._database.submit(keep)
+        def keep(tx: Write, some: list[tuple[int, occurrences.Index]]) -> None:
+            if floating and not self._is_own(tx):
+                return  # it has another time zone by now
+            for object_id, index in some:
+                occurrences.put_index(tx, object_id, index)
+
+        with contextlib.suppress(Unavailable):  # the server is stopping
+            for at in range(0, len(made), _KEPT_AT_ONCE):
+                some = made[at : at + _KEPT_AT_ONCE]
+                self._database.submit(lambda tx, some=some: keep(tx, some))  # type: ignore[misc]
+
+    def _is_own(self, tx: Write) -> bool:
+        """Whether the query's time zone is still the calendar's; locks the calendar against a change."""
+        collections.hold(tx, self._collection.id)
+        return collections.zone(collections.properties(tx, self._collection.id)) is self._zone
 
 
 def _overlaps(candidate: _Candidate, span: _Span) -> bool | None:
@@ -267,11 +295,13 @@ def _overlaps(candidate: _Candidate, span: _Span) -> bool | None:
 
 
 def _is_plain(wanted: CompFilter) -> bool:
-    """The shape that clients send: objects of one component, at most within a time range."""
-    if wanted.props or len(wanted.comps) != 1:
+    """The shape that clients send: everything, or objects of one component, at most within a time range."""
+    if wanted.is_not_defined or wanted.props or len(wanted.comps) > 1:
         return False
-    inner = wanted.comps[0]
-    return not (inner.is_not_defined or inner.props or inner.comps)
+    return not any(
+        inner.is_not_defined or inner.props or inner.comps or inner.name not in ical.OBJECT_KINDS
+        for inner in wanted.comps
+    )
 
 
 def _only_range(wanted: CompFilter) -> TimeRange | None:
@@ -311,7 +341,6 @@ class CardQuery:
 
     def __init__(
         self,
-        settings: configuration.Dav,
         database: Database,
         blobs: Blobs,
         collection: Collection,
@@ -321,7 +350,6 @@ class CardQuery:
         self._blobs = blobs
         self._collection = collection
         self._wanted = wanted
-        self._limits = vcard.CardLimits(settings.max_object_bytes, settings.max_properties)
 
     async def matches(self, *, with_data: bool) -> AsyncIterator[list[Match]]:
         """Matching contacts in pages.
@@ -364,7 +392,7 @@ class CardQuery:
 
     def _evaluate(self, data: bytes) -> bool:
         try:
-            return filters.matches_card(self._wanted, vcard.parse(data, self._limits))
+            return filters.matches_card(self._wanted, vcard.parse(data, objects.STORED_CARD))
         except contentline.BadContent:
             return False
 
@@ -395,7 +423,6 @@ async def free_busy(
     assert wanted.start is not None
     assert wanted.end is not None
     start, end = wanted.start, wanted.end
-    limits = objects.calendar_limits(settings)
     budget = objects.budget(settings)
     periods: list[recurrence.Busy] = []
 
@@ -403,7 +430,7 @@ async def free_busy(
         for match in found:
             assert match.data is not None
             try:
-                checked = ical.check_object(ical.parse(match.data, limits), limits)
+                checked = ical.check_object(ical.parse(match.data, objects.STORED), objects.STORED)
                 periods.extend(recurrence.busy_periods(checked, start, end, zone, budget))
             except contentline.BadContent:
                 continue

@@ -298,7 +298,7 @@ class Reports:
             report.collection,
             filter_,
             zone,
-            zone_is_own=asked_zone is None,
+            zone_is_own=zone is report.zone,
         )
         renderer = data.Renderer(wanted, zone, self._settings.dav) if wanted else None
         return await self._send(report, self._matches(report, query, wanted, renderer, None))
@@ -310,7 +310,6 @@ class Reports:
             raise Forbidden("An addressbook-query has a filter.", precondition=CARDDAV + "supported-filter")
         wanted = data.find(report.kind, report.body.find(DAV + "prop"))
         query = queries.CardQuery(
-            self._settings.dav,
             self._database,
             self._services.blobs,
             report.collection,
