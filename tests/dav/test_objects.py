@@ -284,6 +284,17 @@ def test_replaced_and_deleted_content_leaves_nothing_behind(client: Client) -> N
     assert refs(client.store) == before
 
 
+def test_a_refused_large_object_leaves_no_file(client: Client) -> None:
+    path = client.make()
+    client.put(path + "a.ics", event("taken"))
+    folder = client.store.settings.blobs.path
+    before = {file for file in folder.rglob("*") if file.is_file()}
+    answer = client.put(path + "b.ics", event("taken", "DESCRIPTION:" + "x" * 100_000))
+    assert answer.precondition == C + "no-uid-conflict"
+    assert {file for file in folder.rglob("*") if file.is_file()} == before
+    assert client.store.database.fast(sa.select(sa.func.count()).select_from(t.stage))[0][0] == 0
+
+
 def test_a_full_collection_takes_changes_but_nothing_new(make_client: Callable[..., Client]) -> None:
     client = make_client(max_objects=2)
     path = client.make()

@@ -27,7 +27,7 @@ from ksync_server.errors import (
     UnsupportedMedia,
 )
 from ksync_server.http import Request, Response, xml
-from ksync_server.store.blobs import Content, StagedBlob, staged_bytes
+from ksync_server.store.blobs import Content, Stage, StagedBlob, staged_bytes
 from ksync_server.store.database import Read, Write
 from ksync_server.webdav import ABSENT, Conditions, ResourceState
 from ksync_server.wire import headers as grammar
@@ -259,7 +259,7 @@ class Site:
             prepared = await self._database.pooled(objects.prepare, kind, content, zone, limits)
         else:
             prepared = objects.prepare(kind, content, zone, limits)
-        staged = await self._stage(content)
+        staged, stage = await self._stage(content)
 
         def publish(tx: Write) -> tuple[bool, str]:
             grant = self._grant(tx, request, identity, place)
@@ -279,7 +279,13 @@ class Site:
             )
             return created, objects.etag(tx, collection, collection.seq)
 
-        created, etag = await self._database.writing(publish)
+        try:
+            created, etag = await self._database.writing(publish)
+        except (PreconditionFailed, Conflict, Forbidden, NotFound):
+            # Certainly rolled back: leave nothing to the reaper. Of other failures nobody knows.
+            if stage is not None:
+                await self._database.pooled(stage.abort)
+            raise
         return Response(201 if created else 204, [(b"etag", grammar.quote_etag(etag).encode())])
 
     def _may_put(
@@ -314,17 +320,17 @@ class Site:
         assert place.kind is not None
         return collections.lock(tx, grant.account_id, place.kind, place.collection)
 
-    async def _stage(self, content: bytes) -> StagedBlob:
-        """Bytes that a transaction can publish; a disk is touched by large ones alone."""
+    async def _stage(self, content: bytes) -> tuple[StagedBlob, Stage | None]:
+        """Bytes that a transaction can publish; large ones are on disk and given up through their stage."""
         blobs = self._services.blobs
         if len(content) <= blobs.settings.inline_bytes:
-            return staged_bytes(content)
+            return staged_bytes(content), None
 
-        def write() -> StagedBlob:
+        def write() -> tuple[StagedBlob, Stage]:
             stage = blobs.stage(len(content))
             try:
                 stage.write(content)
-                return stage.finish()
+                return stage.finish(), stage
             except BaseException:
                 stage.abort()
                 raise
