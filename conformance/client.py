@@ -69,7 +69,7 @@ class Answer:
         if not self.body.lstrip().startswith(b"<"):
             return ()
         found = (child.tag for error in self.xml.iter(f"{DAV}error") for child in error)
-        return tuple(tag for tag in found if tag != f"{DAV}responsedescription")
+        return tuple(tag for tag in found if not tag.startswith("{urn:ksync:ns}"))
 
     @property
     def rows(self) -> list[Row]:

@@ -265,7 +265,8 @@ def error_body(precondition: str, hrefs: Sequence[str] = (), text: str = "") -> 
     Spec: RFC 4918 §14.5, §16.
     """
     inner = "".join([f"<d:href>{_href(href)}</d:href>" for href in hrefs])
-    note = f"<d:responsedescription>{xml.escape(text)}</d:responsedescription>" if text else ""
+    # In a namespace of our own, which programs that look for conditions pass over (RFC 4918 §17).
+    note = f'<k:message xmlns:k="urn:ksync:ns">{xml.escape(text)}</k:message>' if text else ""
     return (
         f"{xml.DECLARATION}<d:error{xml.NAMESPACES}>{xml.tag(precondition, inner)}{note}</d:error>"
     ).encode()
