@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -146,7 +147,8 @@ def compute(
     if end - start > _LONGEST_S:
         end = start
     from_at, until_at = start - _BEFORE_S, end + _AFTER_S
-    starts, ends = array("q"), array("q")
+    starts: list[int] = []
+    ends: list[int] = []
     complete = True
     try:
         for instance in recurrence.occurrences(
@@ -159,8 +161,12 @@ def compute(
             ends.append(instance.end)
     except recurrence.TooManySteps:
         complete = False
-    packed = (starts + ends).tobytes() if complete else b""
-    return Index(seq, from_at, until_at, packed, complete)
+    return Index(seq, from_at, until_at, pack(starts, ends) if complete else b"", complete)
+
+
+def pack(starts: Sequence[int], ends: Sequence[int]) -> bytes:
+    """Occurrences as a row keeps them: all starts, ascending, then the end of each; Unix seconds."""
+    return array("q", (*starts, *ends)).tobytes()
 
 
 def _utc(at: int) -> datetime.datetime:
