@@ -9,8 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ksync_server import settings as configuration
 from ksync_server import webdav
@@ -297,18 +296,13 @@ _SAME: dict[str, Callable[[Asked], str]] = {
     ),
     DAV + "supported-report-set": lambda _: _reports(()),
 }
-_OWN_VALUE: dict[str, tuple[str, Callable[[Row], object]]] = {
-    DAV + "getetag": ('<d:getetag>"?%s"</d:getetag>', itemgetter(_SEQ)),  # ? = that of the collection
-    DAV + "getcontenttype": ("<d:getcontenttype>%s</d:getcontenttype>", itemgetter(_TYPE)),
-    DAV + "getcontentlength": ("<d:getcontentlength>%s</d:getcontentlength>", itemgetter(_SIZE)),
-    DAV + "getlastmodified": (
-        "<d:getlastmodified>%s</d:getlastmodified>",
-        lambda row: grammar.http_date(row[_MODIFIED]),
-    ),
-    DAV + "creationdate": (
-        "<d:creationdate>%s</d:creationdate>",
-        lambda row: grammar.iso_date(row[_CREATED]),
-    ),
+_OWN_VALUE: dict[str, tuple[str, int, Callable[[Any], str] | None]] = {
+    # markup, column, what is made of it (None: as it stands); ? = that of the collection
+    DAV + "getetag": ('<d:getetag>"?%s"</d:getetag>', _SEQ, None),
+    DAV + "getcontenttype": ("<d:getcontenttype>%s</d:getcontenttype>", _TYPE, None),
+    DAV + "getcontentlength": ("<d:getcontentlength>%s</d:getcontentlength>", _SIZE, None),
+    DAV + "getlastmodified": ("<d:getlastmodified>%s</d:getlastmodified>", _MODIFIED, grammar.http_date),
+    DAV + "creationdate": ("<d:creationdate>%s</d:creationdate>", _CREATED, grammar.iso_date),
 }
 _OBJECT = frozenset({*_SAME, *_OWN_VALUE, DAV + "resource-id"})
 
@@ -426,7 +420,7 @@ class Objects:
         self._data = wanted
         self._asked = asked
         self._collection = collection
-        self._values: list[Callable[[Row], object]] = []
+        self._values: list[tuple[int, Callable[[Any], str] | None]] = []  # column, what is made of it
         names = self._names()
         inner = "".join([self._piece(name) for name in names if name in _OBJECT])
         absent = [name for name in names if name not in _OBJECT]
@@ -452,19 +446,36 @@ class Objects:
             return _literal(xml.empty(name))
         if name in _SAME:
             return _literal(_SAME[name](self._asked))
-        markup, value = _OWN_VALUE.get(name, ("%s", self._resource_id))
+        markup, column, make = _OWN_VALUE.get(name, ("%s", _ID, self._resource_id))
         if name == DAV + "getetag":
             prefix = changes.etag(self._asked.generation, self._collection.id, 0)[:-1]
             markup = markup.replace("?", prefix)
-        self._values.append(value)
+        self._values.append((column, make))
         return markup
 
-    def _resource_id(self, row: Row) -> str:
-        return self._asked.resource_id("object", row[_ID])
+    def _resource_id(self, number: int) -> str:
+        return self._asked.resource_id("object", number)
+
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """Which of `objects.COLUMNS` `page` takes, in order; None where members need more than their rows."""
+        if any(make for _, make in self._values):
+            return None
+        return (_NAME, *(column for column, _ in self._values))
+
+    def page(self, rows: Sequence[Row]) -> str:
+        """Many objects at once, from rows of `columns`."""
+        if not grammar.is_plain("".join([row[0] for row in rows])):
+            rows = [(grammar.quote_segment(row[0]), *row[1:]) for row in rows]
+        whole = self._whole
+        return "".join([whole % row for row in rows])
 
     def response(self, row: Row, payload: data.Payload | None = None) -> str:
         """One object."""
-        values = (grammar.quote_segment(row[_NAME]), *[value(row) for value in self._values])
+        values = (
+            grammar.quote_segment(row[_NAME]),
+            *[make(row[column]) if make else row[column] for column, make in self._values],
+        )
         if payload is None or self._data is None:
             return self._whole % values
         if payload.error is not None:

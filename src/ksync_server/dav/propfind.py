@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import AsyncGenerator, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -22,15 +24,20 @@ from ksync_server.store.database import Read, Row
 from ksync_server.wire import headers as grammar
 
 _NAME = 0  # column of `objects.COLUMNS`
+_EVERY_COLUMN = tuple(range(len(objects.COLUMNS)))
 _O = t.object_.c
 _P = sa.bindparam
-_MEMBERS, _MEMBERS_WITH_ID = (
-    sa.select(*objects.COLUMNS[:count])
-    .where(_O.collection_id == _P("collection_id"), _O.name > _P("after"))
-    .order_by(_O.name)
-    .limit(_P("most"))
-    for count in (6, 8)
-)
+
+
+@lru_cache(maxsize=64)
+def _members(columns: tuple[int, ...]) -> sa.Select[Any]:
+    """The members after a name, some of their columns."""
+    return (
+        sa.select(*[objects.COLUMNS[column] for column in columns])
+        .where(_O.collection_id == _P("collection_id"), _O.name > _P("after"))
+        .order_by(_O.name)
+        .limit(_P("most"))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +156,16 @@ class Propfind:
         body = self._cache.get(key)
         if body is not None:
             return _Opened(collection, "", [], key, body)
+        entries = properties.Objects(asked, collection, href)
         own = ""
         if root:
             listed = Listed(collection, collections.properties(tx, collection.id))
             own = properties.Collections(asked, kind).response(listed)
-        return _Opened(collection, own, self._rows(tx, asked, collection.id, ""), key, None)
+        return _Opened(collection, own, self._rows(tx, entries, collection.id, ""), key, None)
 
-    def _rows(self, tx: Read, asked: Asked, collection_id: int, after: str) -> list[Row]:
+    def _rows(self, tx: Read, entries: properties.Objects, collection_id: int, after: str) -> list[Row]:
         values = {"collection_id": collection_id, "after": after, "most": self._page}
-        with_id = DAV + "resource-id" in asked.find.names
-        return tx.fast(_MEMBERS_WITH_ID if with_id else _MEMBERS, values)
+        return tx.fast(_members(entries.columns or _EVERY_COLUMN), values)
 
     async def _pieces(self, asked: Asked, place: Place, opened: _Opened) -> AsyncGenerator[str, None]:
         """The body, a page at a time; kept afterwards if nothing changed while it was read."""
@@ -171,7 +178,7 @@ class Propfind:
         rows = opened.rows
         piece = webdav.OPEN + opened.root
         while True:
-            piece += "".join([entries.response(row) for row in rows])
+            piece += entries.page(rows) if entries.columns else "".join(map(entries.response, rows))
             last = len(rows) < self._page
             piece += webdav.CLOSE if last else ""
             size += len(piece)
@@ -182,7 +189,7 @@ class Propfind:
             if last:
                 break
             after = rows[-1][_NAME]
-            rows = await database.hot(lambda tx, after=after: self._rows(tx, asked, collection.id, after))  # type: ignore[misc]
+            rows = await database.hot(lambda tx, after=after: self._rows(tx, entries, collection.id, after))  # type: ignore[misc]
             piece = ""
         if kept is not None and len(kept) > 1:
             now = await database.hot(

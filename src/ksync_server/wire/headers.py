@@ -78,6 +78,11 @@ def quote_segment(name: str) -> str:
     return _quoted(name)
 
 
+def is_plain(names: str) -> bool:
+    """Whether `quote_segment` leaves every one of these names, one after the other, as it is."""
+    return _PLAIN.fullmatch(names) is not None
+
+
 def join_path(segments: tuple[str, ...], trailing_slash: bool) -> str:
     """An absolute path of encoded segments."""
     path = "/" + "/".join([quote_segment(segment) for segment in segments])
