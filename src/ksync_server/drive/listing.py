@@ -101,10 +101,14 @@ def _day(day: int) -> str:
     return grammar.http_date(day * 86400)[:17]
 
 
+_TWO_DIGITS = tuple(f"{number:02}" for number in range(60))
+
+
 def _http_date(mtime_ms: int) -> str:
     """`http_date`, remembering days instead of seconds: a listing has more of these than a cache has room."""
     day, second = divmod(mtime_ms // 1000, 86400)
-    return f"{_day(day)}{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02} GMT"
+    hours, minutes = _TWO_DIGITS[second // 3600], _TWO_DIGITS[second // 60 % 60]
+    return f"{_day(day)}{hours}:{minutes}:{_TWO_DIGITS[second % 60]} GMT"
 
 
 # -- live properties ------------------------------------------------------------------------------
