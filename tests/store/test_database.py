@@ -9,8 +9,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -18,7 +20,7 @@ from ksync_server import settings
 from ksync_server.errors import InsufficientStorage, NotFound, Unavailable
 from ksync_server.store import changes, schema
 from ksync_server.store import tables as t
-from ksync_server.store.database import Database, Write
+from ksync_server.store.database import Database, Read, Write
 
 _SEQ = sa.select(t.collection.c.seq).where(t.collection.c.id == sa.bindparam("id_"))
 _NEW = sa.insert(t.collection).returning(t.collection.c.id)
@@ -210,4 +212,46 @@ def test_two_processes_share_the_sqlite_file_fairly(sqlite_url: str) -> None:
     for process in processes:
         assert process.wait(60) == 0
     assert seq(database, collection) == 900
+    database.close()
+
+
+_PID = sa.select(sa.func.pg_backend_pid())
+
+
+def _cut(postgresql_url: str, pid: int) -> None:
+    with psycopg.connect(postgresql_url, autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+
+def _read(database: Database, fn: Callable[[Read], object]) -> None:
+    with database.read() as tx:
+        fn(tx)
+
+
+@pytest.mark.parametrize("use", [_read, Database.write], ids=["read", "write"])
+def test_a_connection_lost_in_a_transaction_asks_for_patience_and_the_next_one_works(
+    postgresql_url: str, use: Callable[[Database, Callable[[Read], object]], object]
+) -> None:
+    database = Database(settings.Database(url=postgresql_url))
+
+    def run(tx: Read) -> None:
+        _cut(postgresql_url, tx.scalar(_PID))
+        tx.scalar(_PID)
+
+    with pytest.raises(Unavailable) as caught:
+        use(database, run)
+    assert b"retry-after" in dict(caught.value.headers)
+    assert database.fast(_PID)
+    assert database.write(lambda tx: tx.scalar(_PID))
+    database.close()
+
+
+def test_an_idle_connection_that_was_lost_asks_for_patience_and_the_next_one_works(
+    postgresql_url: str,
+) -> None:
+    database = Database(settings.Database(url=postgresql_url))
+    _cut(postgresql_url, database.fast(_PID)[0][0])
+    with pytest.raises(Unavailable):
+        database.fast(_PID)
+    assert database.fast(_PID)
     database.close()

@@ -134,6 +134,14 @@ class Database:
                 pool_recycle=1800,
             )
             self._writer = None
+        driver = self._engine.dialect.loaded_dbapi
+        # Raw cursors raise the driver's own errors, connections those of SQLAlchemy.
+        self._failures = (
+            sa.exc.OperationalError,
+            sa.exc.InterfaceError,
+            driver.OperationalError,
+            driver.InterfaceError,
+        )
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._snapshot = self._engine.execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
@@ -207,19 +215,19 @@ class Database:
             if raw.in_transaction:  # inside another read of this thread: the same snapshot
                 yield Read(self, connection)
                 return
-            with _translated():
+            with self._translated():
                 raw.execute("BEGIN")
                 try:
                     yield Read(self, connection)
                 finally:
                     raw.execute("ROLLBACK")
         else:
-            with _translated(), self._snapshot.connect() as connection:
+            with self._translated(), self._snapshot.connect() as connection:
                 yield Read(self, connection)
 
     def fast(self, statement: sa.Executable, parameters: Parameters | None = None) -> list[Row]:
         """Rows of a single statement outside any transaction: the cheapest read there is."""
-        with _translated():
+        with self._translated():
             if self.dialect == "sqlite":
                 return Read(self, self._held()).fast(statement, parameters)
             with self._autocommit.connect() as connection:
@@ -283,7 +291,7 @@ class Database:
     def _postgresql_write(self, fn: Callable[[Write], T]) -> T:
         for attempt in range(_RETRIES):
             try:
-                with _translated(), self._engine.begin() as connection:
+                with self._translated(), self._engine.begin() as connection:
                     return fn(Write(self, connection))
             except Exception as error:  # the driver's or SQLAlchemy's form of the same failure
                 state = getattr(getattr(error, "orig", error), "sqlstate", None)
@@ -292,19 +300,18 @@ class Database:
             time.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - spreads retries, no secret
         raise AssertionError("unreachable")
 
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Driver failures as errors that a client may see; retried states pass through."""
-    try:
-        yield
-    except sa.exc.TimeoutError as error:
-        raise Unavailable("The database is busy.", headers=[(b"retry-after", b"5")]) from error
-    except (sa.exc.OperationalError, sqlite3.OperationalError) as error:
-        original = error.orig if isinstance(error, sa.exc.OperationalError) else error
-        if getattr(original, "sqlstate", None) in _RETRIED:
-            raise
-        raise _failure(original) from error
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Driver failures as errors that a client may see; retried states pass through."""
+        try:
+            yield
+        except sa.exc.TimeoutError as error:
+            raise Unavailable("The database is busy.", headers=[(b"retry-after", b"5")]) from error
+        except self._failures as error:
+            original = getattr(error, "orig", error)
+            if getattr(original, "sqlstate", None) in _RETRIED:
+                raise
+            raise _failure(original) from error
 
 
 def _failure(error: BaseException | None) -> Exception:
