@@ -8,12 +8,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from bench.content import calendar_object, put_all
+from bench.content import calendar_object, fill_calendar
 from bench.measure import Connection, Subject, interleave, show, verdict
 from conformance.conftest import make_calendar
 from conformance.peers import Peer, radicale
 from conformance.servers import demo
 from conformance.target import Target
+from ksync_server import settings
 
 BAR = 50
 BODY = (
@@ -56,12 +57,8 @@ def compare(folder: Path, peer: Peer, count: int) -> bool:
     with demo(folder / "ours", settings=["server.workers=1", "dav.body_cache_bytes=0"]) as running:
         target = Target.from_ready(running.ready)
         path = make_calendar(target.sync()).path
-
-        def connect() -> Connection:
-            return Connection(target.sync_url, target.login, target.password)
-
-        put_all(connect, lambda number: f"{path}bench-{number:06}.ics", calendar_object, count)
-        ours = connect()
+        fill_calendar(settings.load(folder / "ours" / "ksync.toml"), path, count)
+        ours = Connection(target.sync_url, target.login, target.password)
         our_request = listing(ours, path, count)
         subjects = [
             Subject("ksync-server, nothing cached", running.process.pid, lambda: ours.send(our_request)),

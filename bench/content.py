@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import sqlalchemy as sa
+
 from bench.measure import Connection
+from ksync_server.dav import collections, objects
+from ksync_server.dav.places import Kind
+from ksync_server.settings import Settings
+from ksync_server.store import tables as t
+from ksync_server.store.blobs import staged_bytes
+from ksync_server.store.database import Database, Write
+
+_ACCOUNT = sa.select(t.account.c.id).where(t.account.c.sync_id == sa.bindparam("sync_id"))
+_FILLED_AT_ONCE = 250  # in one transaction
 
 ZONE = (
     "BEGIN:VTIMEZONE\r\nTZID:Europe/Zurich\r\nBEGIN:DAYLIGHT\r\nDTSTART:19810329T020000\r\n"
@@ -65,3 +78,38 @@ def put_all(
                 job.result()
         finally:
             over.set()  # one that failed, or a signal, ends all
+
+
+def fill_calendar(settings: Settings, path: str, count: int) -> None:
+    """Store `count` events in a calendar of a running server, as its PUT stores them, hundreds at a time.
+
+    Args:
+        settings: of the server; its database is opened beside it.
+        path: of the calendar, /calendars/<sync id>/<name>/.
+    """
+    _, _, sync_id, name, _ = path.split("/")
+    database = Database(settings.database, threads=2)
+    try:
+        account_id = database.fast(_ACCOUNT, {"sync_id": sync_id})[0][0]
+        for first in range(0, count, _FILLED_AT_ONCE):
+            numbers = range(first, min(first + _FILLED_AT_ONCE, count))
+            database.write(lambda tx, numbers=numbers: _fill(tx, settings, account_id, name, path, numbers))  # type: ignore[misc]
+    finally:
+        database.close()
+
+
+def _fill(
+    tx: Write, settings: Settings, account_id: int, name: str, path: str, numbers: Iterable[int]
+) -> None:
+    for number in numbers:
+        content = calendar_object(number)
+        objects.put(
+            tx,
+            collections.lock(tx, account_id, Kind.CALENDAR, name),
+            f"bench-{number:06}.ics",
+            objects.prepare(Kind.CALENDAR, content, datetime.UTC, settings.dav),
+            staged_bytes(content),
+            href=path,
+            limit=settings.dav.max_objects,
+            now=int(time.time()),
+        )

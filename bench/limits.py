@@ -22,7 +22,7 @@ from ksync_server.store.database import Database
 from tests.drive.harness import Client, Drive, closing, make_drive
 
 GB = 10**9
-PIECE = bytes(256 * 1024)
+PIECE = bytes(1024 * 1024)  # more than a socket gives at once: a third of a million pieces are enough
 
 
 class NoHash:

@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.content import calendar_object, put_all
+from bench.content import fill_calendar
 from bench.measure import Connection, Subject, interleave, show, verdict
 from conformance.conftest import make_calendar
 from conformance.servers import demo, postgresql
 from conformance.target import Target
+from ksync_server import settings as configuration
 
 BAR = 2.5
 FLAT = 1.3
@@ -29,15 +30,12 @@ def measure(folder: Path, settings: Sequence[str], database: str, sizes: Sequenc
     """OPTIONS and no-change sync for each size, in turns, on one server."""
     with demo(folder, settings=["server.workers=1", *settings]) as running:
         target = Target.from_ready(running.ready)
-
-        def connect() -> Connection:
-            return Connection(target.sync_url, target.login, target.password)
-
-        connection = connect()
+        connection = Connection(target.sync_url, target.login, target.password)
+        opened = configuration.load(folder / "ksync.toml", tuple(settings))
         subjects: list[Subject] = []
         for size in sizes:
             made = make_calendar(target.sync())
-            put_all(connect, lambda number, made=made: f"{made.path}b-{number:06}.ics", calendar_object, size)  # type: ignore[misc]
+            fill_calendar(opened, made.path, size)
             requests = {
                 "OPTIONS": connection.prepare("OPTIONS", made.path),
                 "no-change sync": connection.prepare(
