@@ -63,6 +63,15 @@ class Report:
         return self.collection.kind
 
 
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """Some of the changed members of a sync answer."""
+
+    rows: Sequence[Row]
+    contents: dict[int, Content]  # by blob
+    until: int  # the change number they end with
+
+
 class Reports:
     """REPORT of the sync host for one process."""
 
@@ -182,54 +191,56 @@ class Reports:
 
         zone: datetime.tzinfo = datetime.UTC
 
-        def open_(tx: Read) -> tuple[Collection, str, sync.SyncPage]:
+        def open_(tx: Read) -> tuple[Collection, str, sync.SyncPage, _Changed]:
             nonlocal zone
             collection, href = self._collection(tx, request, identity, place)
             if asked.data is not None and asked.data.needs_zone:
                 zone = collections.zone(collections.properties(tx, collection.id))
-            return collection, href, sync.page(tx, collection, asked, most)
+            page = sync.page(tx, collection, asked, most)
+            # The first rows in the same snapshot: a short answer must hold what its token stands for.
+            return collection, href, page, self._changed(tx, page, page.after, asked)
 
-        collection, href, page = await self._database.hot(open_)
+        collection, href, page, first = await self._database.hot(open_)
         prefer = webdav.prefer(request)
         if page.after == page.until and not page.deleted:
             response = xml(207, f"{webdav.OPEN}{_token(page.token)}{webdav.CLOSE}")
             response.headers += webdav.applied(prefer, minimal=True)
             return response
         report = Report(request, identity, place, body, collection, href, zone, prefer)
-        return await self._send(report, self._changes(report, asked, page))
+        return await self._send(report, self._changes(report, asked, page, first))
 
     async def _changes(
-        self, report: Report, asked: sync.SyncRequest, page: sync.SyncPage
+        self, report: Report, asked: sync.SyncRequest, page: sync.SyncPage, changed: _Changed
     ) -> AsyncGenerator[str, None]:
         """Changed members, removed members, 507 where the answer ends early, and the token."""
         entries = self._entries(report, asked.data)
         renderer = data.Renderer(asked.data, report.zone, self._settings.dav) if asked.data else None
         yield webdav.OPEN
-        after = page.after
-        while after < page.until:
-            after, rows, contents = await self._changed_rows(page, after, with_data=renderer is not None)
+        while True:
             if renderer is None:
-                yield "".join([entries.response(row) for row in rows])
+                yield "".join([entries.response(row) for row in changed.rows])
             else:
-                async for piece in self._with_content(rows, contents, entries, renderer):
+                async for piece in self._with_content(changed.rows, changed.contents, entries, renderer):
                     yield piece
+            after = changed.until
+            if after >= page.until:
+                break
+            changed = await self._database.hot(
+                lambda tx, after=after: self._changed(tx, page, after, asked)  # type: ignore[misc]
+            )
         tail = [webdav.failed(report.href + quote_segment(name), 404) for name in page.deleted]
         if page.truncated:
             tail.append(webdav.failed(report.href, 507, _TOO_MANY))
         yield f"{''.join(tail)}{_token(page.token)}{webdav.CLOSE}"
 
-    async def _changed_rows(
-        self, page: sync.SyncPage, after: int, *, with_data: bool
-    ) -> tuple[int, list[Row], dict[int, Content]]:
-        """Some rows after a number, the number they end with, and where their content is if it is asked."""
-        most = _ROWS_WITH_DATA if with_data else self._settings.dav.sync_page_rows
-
-        def read(tx: Read) -> tuple[int, list[Row], dict[int, Content]]:
-            rows = sync.rows(tx, page, after, most)
-            contents = queries.contents_of(tx, [row[_BLOB] for row in rows]) if with_data else {}
-            return rows[-1][_SEQ] if len(rows) == most else page.until, rows, contents
-
-        return await self._database.hot(read)
+    def _changed(self, tx: Read, page: sync.SyncPage, after: int, asked: sync.SyncRequest) -> _Changed:
+        """Some changed members after a number, and where their content is if it is asked."""
+        if after >= page.until:
+            return _Changed((), {}, page.until)
+        most = _ROWS_WITH_DATA if asked.data else self._settings.dav.sync_page_rows
+        rows = sync.rows(tx, page, after, most)
+        contents = queries.contents_of(tx, [row[_BLOB] for row in rows]) if asked.data else {}
+        return _Changed(rows, contents, rows[-1][_SEQ] if len(rows) == most else page.until)
 
     # -- multiget -----------------------------------------------------------------------------------
 
