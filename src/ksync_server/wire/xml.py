@@ -101,13 +101,21 @@ class _Builder:
 
     def namespace(self, prefix: str | None, uri: str | None) -> None:
         # Before the elements in it: a long one would be copied for each of them.
-        if uri is not None and len(uri) > self._limits.max_name:
+        if uri is None:
+            return
+        if len(uri) > self._limits.max_name:
             raise BadRequest("The XML body has a namespace that is too long.")
+        if "}" in uri:
+            # No URI has one, and many a reader (ElementTree, so WsgiDAV too) refuses the whole document for it.
+            raise BadRequest("The XML body has a namespace that is no URI.")
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
         self._count += 1 + len(attributes)
         if self._count > self._limits.max_elements or len(self._open) >= self._limits.max_depth:
             raise BadRequest("The XML body has too many elements or is nested too deep.")
+        if name.startswith(_XML + " "):
+            # Reserved (Namespaces in XML §3), and no other prefix may stand for it in an answer.
+            raise BadRequest("The XML body has an element of the reserved namespace of xml.")
         inherited = self._open[-1][3] if self._open else None
         if not attributes:
             self._open.append((self._clark(name), (), [], inherited))
