@@ -106,7 +106,7 @@ class _Builder:
         if len(uri) > self._limits.max_name:
             raise BadRequest("The XML body has a namespace that is too long.")
         if "}" in uri:
-            # No URI has one, and many a reader (ElementTree, so WsgiDAV too) refuses the whole document for it.
+            # No URI has one, and many a reader (ElementTree, so WsgiDAV too) refuses the document for it.
             raise BadRequest("The XML body has a namespace that is no URI.")
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
