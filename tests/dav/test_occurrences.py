@@ -78,7 +78,7 @@ def test_hits_are_the_overlaps_and_no_other(
 ) -> None:
     spans = sorted((begin, begin + long) for begin, long in spans)
     end = start + length
-    packed = occurrences.pack([begin for begin, _ in spans], [until for _, until in spans])
+    packed = occurrences.pack([begin for begin, _ in spans], [until for _, until in spans], 0, 50)
     index = Index(1, 0, 50, packed, complete)
     expected = any(
         (begin < end and until > start) if until > begin else start <= begin < end for begin, until in spans
@@ -212,7 +212,7 @@ def test_an_index_of_another_version_is_not_kept(client: Client) -> None:
         collection = collections.get(tx, client.identity.account_id, Kind.CALENDAR, name)
         stored = objects.find(tx, collection.id, "w.ics")
     assert stored is not None
-    index = Index(stored.seq, 0, 10, occurrences.pack([1], [2]), True)
+    index = Index(stored.seq, 0, 10, occurrences.pack([1], [2], 0, 10), True)
     old = Index(stored.seq - 1, 0, 10, b"", True)
 
     def keep(tx: Write) -> None:

@@ -59,15 +59,23 @@ class Index:
         An occurrence without length counts where it starts. One that is in the index is a hit even of a range
         that leaves the horizon.
 
-        Spec: RFC 4791 §9.9. Cost: two binary searches, and a pass over what began before.
+        Spec: RFC 4791 §9.9. Cost: a binary search; where lengths differ, a pass over what began before.
         """
-        starts, ends = _unpacked(self.packed)
-        first = bisect_left(starts, start)
-        if first < len(starts) and starts[first] < end:
-            return True
-        if max(ends[:first], default=start) > start:
+        if self.packed and self._overlapped(start - self.from_at, end - self.from_at):
             return True
         return False if self.complete and self.covers(start, end) else None
+
+    def _overlapped(self, start: int, end: int) -> bool:
+        """`hits` in seconds since `from_at`."""
+        view = memoryview(self.packed).cast("i")
+        length = view[0]
+        stop = len(view) if length >= 0 else 1 + len(view) // 2
+        first = bisect_left(view, start, 1, stop)
+        if first < stop and view[first] < end:
+            return True
+        if length >= 0:
+            return first > 1 and view[first - 1] + length > start
+        return any(view[at] + view[at + stop - 1] > start for at in range(1, first))
 
 
 _WHOLE = 3  # objects of one request that may use up the whole budget
@@ -161,23 +169,30 @@ def compute(
             ends.append(instance.end)
     except recurrence.TooManySteps:
         complete = False
-    return Index(seq, from_at, until_at, pack(starts, ends) if complete else b"", complete)
+    packed = pack(starts, ends, from_at, until_at) if complete else b""
+    return Index(seq, from_at, until_at, packed, complete)
 
 
-def pack(starts: Sequence[int], ends: Sequence[int]) -> bytes:
-    """Occurrences as a row keeps them: all starts, ascending, then the end of each; Unix seconds."""
-    return array("q", (*starts, *ends)).tobytes()
+def pack(starts: Sequence[int], ends: Sequence[int], from_at: int, until_at: int) -> bytes:
+    """Occurrences as a row keeps them: 32-bit seconds, first the length that all have, then each start.
+
+    Where lengths differ, the first is -1 and the length of each follows the starts. Starts count from
+    `from_at`; what lies outside the horizon is cut off, a second behind its edge.
+    """
+    if not starts:
+        return b""
+    low, high = from_at - 1, until_at + 1
+    kept = [(max(begin, low), min(until, high)) for begin, until in zip(starts, ends, strict=True)]
+    lengths = [until - begin for begin, until in kept]
+    same = lengths[0] if len(set(lengths)) == 1 else -1
+    packed = array("i", (same, *(begin - from_at for begin, _ in kept)))
+    if same < 0:
+        packed.extend(lengths)
+    return packed.tobytes()
 
 
 def _utc(at: int) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(min(max(at, _LOW_S), _HIGH_S), datetime.UTC)
-
-
-def _unpacked(packed: bytes) -> tuple[array[int], array[int]]:
-    both = array("q")
-    both.frombytes(packed)
-    half = len(both) // 2
-    return both[:half], both[half:]
 
 
 _FIND = sa.select(

@@ -34,6 +34,7 @@ _LOWEST, _HIGHEST = -(1 << 62), 1 << 62
 _O = t.object_.c
 _P = sa.bindparam
 _COLUMNS = len(objects.COLUMNS)
+_SEQ, _ID = 1, 7  # of them
 _PAGE_OF_CALENDAR = (
     sa.select(
         *objects.COLUMNS,
@@ -50,19 +51,26 @@ _PAGE_OF_CALENDAR = (
     .select_from(t.object_.outerjoin(t.occurrence, t.occurrence.c.object_id == _O.id))
     .where(
         _O.collection_id == _P("collection_id"),
-        _O.id > _P("after"),
+        _O.seq > _P("after"),
         sa.or_(_O.first_at.is_(None), _O.first_at <= _P("until", type_=sa.BigInteger)),
         sa.or_(_O.last_at.is_(None), _O.last_at >= _P("since", type_=sa.BigInteger)),
     )
-    .order_by(_O.id)
+    .order_by(_O.seq)
     .limit(_PAGE)
 )
 _PAGE_OF_CARDS = (
     sa.select(*objects.COLUMNS, _O.folded)
-    .where(_O.collection_id == _P("collection_id"), _O.id > _P("after"))
-    .order_by(_O.id)
+    .where(_O.collection_id == _P("collection_id"), _O.seq > _P("after"))
+    .order_by(_O.seq)
     .limit(_PAGE)
 )
+_B = t.blob.c
+_CONTENTS = {
+    count: sa.select(_B.id, _B.size, _B.sha1, _B.sha256, _B.md5, _B.content).where(
+        _B.id.in_([_P(f"n{at}") for at in range(count)])
+    )
+    for count in (10, 50, _PAGE)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,7 @@ class CalendarQuery:
         self._allowance = occurrences.Allowance(objects.budget(settings))
         self._made: list[tuple[int, occurrences.Index]] = []
         self._floating_made = False
+        self._seen: set[int] = set()
         self._span = _Span.of(_only_range(wanted))
         self._plain = _is_plain(wanted)
 
@@ -166,7 +175,7 @@ class CalendarQuery:
         self, tx: Read, after: int, with_data: bool
     ) -> tuple[list[tuple[_Candidate, bool | None]], dict[int, Content], int | None]:
         """A page of candidates with the verdict of their rows, and the content of those that need it."""
-        rows = tx.fast(
+        page = tx.fast(
             _PAGE_OF_CALENDAR,
             {
                 "collection_id": self._collection.id,
@@ -175,11 +184,12 @@ class CalendarQuery:
                 "since": self._span.start,
             },
         )
+        rows = _unseen(page, self._seen)
         judged = [(candidate, self._judge(candidate)) for candidate in map(_candidate, rows)]
         found: list[tuple[_Candidate, bool | None]] = [each for each in judged if each[1] is not False]
         needed = [candidate.object.blob_id for candidate, verdict in found if with_data or verdict is None]
         contents = contents_of(tx, needed)
-        return found, contents, judged[-1][0].object.id if len(rows) == _PAGE else None
+        return found, contents, page[-1][_SEQ] if len(page) == _PAGE else None
 
     def _judge(self, candidate: _Candidate) -> bool | None:
         """True or False where the row and the index say so, None where the object must be read."""
@@ -284,6 +294,13 @@ class CalendarQuery:
         return collections.zone(collections.properties(tx, self._collection.id)) is self._zone
 
 
+def _unseen(page: list[Row], seen: set[int]) -> list[Row]:
+    """The rows of a page that no earlier one had: what changes meanwhile comes again, with its new number."""
+    rows = [row for row in page if row[_ID] not in seen]
+    seen.update([row[_ID] for row in rows])
+    return rows
+
+
 def _overlaps(candidate: _Candidate, span: _Span) -> bool | None:
     """A single event with fixed times: its row is its time, widened by a second on both sides."""
     if candidate.first_at is None or candidate.last_at is None:
@@ -317,19 +334,17 @@ def _only_range(wanted: CompFilter) -> TimeRange | None:
 
 def contents_of(tx: Read, blob_ids: Sequence[int]) -> dict[int, Content]:
     """Where the bytes of some blobs are: one statement for those in rows, one each for those in extents."""
-    if not blob_ids:
-        return {}
-    statement = sa.select(
-        t.blob.c.id, t.blob.c.size, t.blob.c.sha1, t.blob.c.sha256, t.blob.c.md5, t.blob.c.content
-    ).where(t.blob.c.id.in_(list(blob_ids)))
     found = {}
-    for row in tx.execute(statement):
-        if row.content is None:
-            found[row.id] = store.content(tx, row.id)
-        else:
-            found[row.id] = Content(
-                row.size, bytes(row.sha1), bytes(row.sha256), bytes(row.md5), bytes(row.content), ()
-            )
+    for at in range(0, len(blob_ids), _PAGE):
+        some = list(blob_ids[at : at + _PAGE])
+        count = next(count for count in _CONTENTS if count >= len(some))
+        values = {f"n{n}": blob_id for n, blob_id in enumerate([*some, *some[-1:] * (count - len(some))])}
+        for number, size, sha1, sha256, md5, content in tx.fast(_CONTENTS[count], values):
+            if content is None:
+                found[number] = store.content(tx, number)
+            else:
+                digests = bytes(sha1), bytes(sha256), bytes(md5)
+                found[number] = Content(size, *digests, bytes(content), ())
     return found
 
 
@@ -350,6 +365,7 @@ class CardQuery:
         self._blobs = blobs
         self._collection = collection
         self._wanted = wanted
+        self._seen: set[int] = set()
 
     async def matches(self, *, with_data: bool) -> AsyncIterator[list[Match]]:
         """Matching contacts in pages.
@@ -370,16 +386,15 @@ class CardQuery:
     def _read(
         self, tx: Read, after: int, with_data: bool
     ) -> tuple[list[StoredObject], dict[int, Content], int | None]:
-        rows = tx.fast(_PAGE_OF_CARDS, {"collection_id": self._collection.id, "after": after})
+        page = tx.fast(_PAGE_OF_CARDS, {"collection_id": self._collection.id, "after": after})
         found = [
             objects.stored_object(row[:_COLUMNS])
-            for row in rows
+            for row in _unseen(page, self._seen)
             if filters.may_match(self._wanted, row[_COLUMNS])
         ]
         decided = not self._wanted.props and not with_data
         contents = {} if decided else contents_of(tx, [each.blob_id for each in found])
-        last = objects.stored_object(rows[-1][:_COLUMNS]).id if len(rows) == _PAGE else None
-        return found, contents, last
+        return found, contents, page[-1][_SEQ] if len(page) == _PAGE else None
 
     def _decide(self, found: list[StoredObject], contents: dict[int, Content]) -> list[Match]:
         matches = []
