@@ -11,7 +11,7 @@ import html
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import sqlalchemy as sa
@@ -69,7 +69,7 @@ class _Asked:
 
     view: tree.View
     href: Callable[[tuple[str, ...]], str]  # quoted path of a decoded one
-    etag: Callable[[int], str]  # of a change number
+    etag: str  # of every entry, but for its change number at the end
     find: webdav.Propfind
     infinite: bool
     minimal: bool  # properties that a resource has not are left out
@@ -180,7 +180,7 @@ _RFC4918: dict[str, Render] = {
     _D + "getlastmodified": lambda row, _, __: (
         f"<d:getlastmodified>{_http_date(row[_MTIME])}</d:getlastmodified>"
     ),
-    _D + "getetag": lambda row, asked, _: f'<d:getetag>"{asked.etag(row[_SEQ])}"</d:getetag>',
+    _D + "getetag": lambda row, asked, _: f'<d:getetag>"{asked.etag}{row[_SEQ]}"</d:getetag>',
     _D + "getcontenttype": _file_only(
         lambda row: f"<d:getcontenttype>{xml.escape(content_type(row[_NAME], row[_TYPE]))}</d:getcontenttype>"
     ),
@@ -213,19 +213,23 @@ _CLOSE_PROP = f"</d:prop>{webdav.OK}</d:propstat>"
 _NO_PROP = f"</d:href><d:propstat><d:prop/>{webdav.OK}</d:propstat></d:response>"
 
 
-def _renderers(find: webdav.Propfind) -> list[tuple[str, Render | None]]:
-    """The asked properties in order, with None for those that only a client can have stored."""
+def _not_live(*_: object) -> None:
+    """A property that only a client can have stored."""
+
+
+def _renderers(find: webdav.Propfind) -> list[tuple[str, Render]]:
+    """The asked properties in order."""
     if find.kind == "prop":
-        return [(name, LIVE.get(name)) for name in find.names]
+        return [(name, LIVE.get(name, _not_live)) for name in find.names]
     names = dict.fromkeys((*_RFC4918, *find.names))
-    return [(name, LIVE.get(name)) for name in names if name in _RFC4918 or find.kind == "allprop"]
+    return [(name, LIVE.get(name, _not_live)) for name in names if name in _RFC4918 or find.kind == "allprop"]
 
 
 def _entry(
     href: str,
     row: Row,
     asked: _Asked,
-    renderers: list[tuple[str, Render | None]],
+    renderers: list[tuple[str, Render]],
     held: tuple[locks.Lock, ...],
     dead: dict[str, str] | None,
 ) -> str:
@@ -234,9 +238,12 @@ def _entry(
         names = [name for name, render in LIVE.items() if render(row, asked, held) is not None]
         inner = "".join([xml.empty(name) for name in (*names, *(dead or ()))])
         return f"<d:response><d:href>{href}{_OPEN_PROP}{inner}{_CLOSE_PROP}</d:response>"
-    texts = [
-        render(row, asked, held) if render else dead.get(name) if dead else None for name, render in renderers
-    ]
+    texts = [render(row, asked, held) for _, render in renderers]
+    if dead:
+        texts = [
+            dead.get(name) if render is _not_live else text
+            for text, (name, render) in zip(texts, renderers, strict=True)
+        ]
     absent: list[str] = []
     if None in texts:
         if asked.find.kind == "prop":
@@ -451,7 +458,7 @@ async def propfind(
         folder = place.chain[-1].folder
         if folder and infinite and settings.drive.finite_depth:
             raise Forbidden("Please list one level at a time.", precondition=_D + "propfind-finite-depth")
-        etag = partial(changes.etag, tx.generation, view.grant.collection_id)
+        etag = changes.etag(tx.generation, view.grant.collection_id, 0).removesuffix("0")
         asked = _Asked(view, request.href, etag, find, infinite, wanted.minimal, now)
         walk = _Walk(asked)
         href = request.href(place.segments, folder=folder)
