@@ -11,7 +11,15 @@ import signal
 import sys
 from types import FrameType
 
-NAMES = ("caldav_listing", "month_query", "drive_listing", "nochange_sync", "upload_memory", "limits", "auth_cost")
+NAMES = (
+    "caldav_listing",
+    "month_query",
+    "drive_listing",
+    "nochange_sync",
+    "upload_memory",
+    "limits",
+    "auth_cost",
+)
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -73,16 +74,14 @@ _CONTENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """An object that satisfies the query; `data` where it was asked for or had to be read."""
 
     object: StoredObject
     data: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A row that the time span could not rule out."""
 
     object: StoredObject
@@ -90,7 +89,7 @@ class _Candidate:
     last_at: int | None
     recurring: bool
     floating: bool
-    index: occurrences.Index | None
+    known: occurrences.Index | None
 
 
 def _candidate(row: Row) -> _Candidate:
@@ -208,7 +207,7 @@ class CalendarQuery:
 
     def _usable(self, candidate: _Candidate) -> occurrences.Index | None:
         """The stored index where it is of this version of the object and of this query's time zone."""
-        index = candidate.index
+        index = candidate.known
         if index is None or index.seq != candidate.object.seq:
             return None
         return index if self._zone_is_own or not candidate.floating else None
