@@ -30,7 +30,7 @@ C = "{urn:ietf:params:xml:ns:caldav}"
 A = "{urn:ietf:params:xml:ns:carddav}"
 ETAG = "<d:prop><d:getetag/></d:prop>"
 FAST_S = 0.5
-MANY_S = 6.0  # 1,000 objects that cannot be followed, on a machine that does other things, too
+MANY_S = 3.0  # 1,000 objects that cannot be followed, on a machine that does other things, too
 
 
 def ask(client: Client, path: str, inner: str, *, data: str = "", more: str = "") -> Answer:

@@ -199,7 +199,7 @@ tombstone = _table(
     sa.Index(None, "collection_id", "seq"),
 )
 
-# One packed array of occurrences per recurring object: pairs of signed 64-bit Unix seconds, sorted.
+# One packed array of occurrences per event that recurs or floats: 32-bit seconds, see `dav.occurrences.pack`.
 occurrence = _table(
     "occurrence",
     sa.Column("object_id", Id, sa.ForeignKey("object.id", ondelete="CASCADE"), primary_key=True),
