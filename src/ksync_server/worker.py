@@ -294,7 +294,7 @@ def open_services(settings: Settings) -> Services:
     services = build(settings)
     try:
         schema.require_current(services.database)
-        settings.blobs.path.mkdir(parents=True, exist_ok=True)
+        settings.blobs.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except BaseException:
         services.close()
         raise

@@ -255,3 +255,17 @@ def test_an_idle_connection_that_was_lost_asks_for_patience_and_the_next_one_wor
         database.fast(_PID)
     assert database.fast(_PID)
     database.close()
+
+
+def test_nobody_else_on_the_machine_reads_the_sqlite_files(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.db"
+    before = os.umask(0o022)
+    try:
+        database = Database(settings.Database(url=f"sqlite:///{path}"))
+        schema.migrate(database)
+        modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+        database.close()
+    finally:
+        os.umask(before)
+    assert modes
+    assert set(modes.values()) == {0o600}, modes

@@ -184,7 +184,7 @@ def _services(settings: Settings) -> Iterator[Services]:
     services = build(settings)
     try:
         schema.migrate(services.database)
-        settings.blobs.path.mkdir(parents=True, exist_ok=True)
+        settings.blobs.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield services
     finally:
         services.close()

@@ -333,6 +333,9 @@ def _failure(error: BaseException | None) -> Exception:
 
 def _sqlite_engine(path: str, settings: configuration.Database) -> Engine:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if not os.path.exists(path):
+        # Nobody else on the machine reads it; SQLite gives the files beside it the same mode.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     synchronous = {"full": "FULL", "normal": "NORMAL"}.get(settings.durability)
     if synchronous is None:
         raise ConfigError("database.durability: full or normal")
