@@ -75,6 +75,7 @@ def test_alice_has_events_tasks_contacts_and_files(server: Demo) -> None:
 def test_secrets_are_for_their_owner_only(server: Demo) -> None:
     for path in (server.data / "demo.json", server.data / "keys.toml"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert stat.S_IMODE((server.data / "blobs").stat().st_mode) == 0o700
     assert "Traceback" not in server.log.read_text()
 
 
