@@ -46,6 +46,7 @@ def login_names(target: Target, account: Mapping[str, Any]) -> Iterator[str]:
     yield sync_id.lower()
     yield f"{sync_id}@sync.localhost"
     yield f"{sync_id.lower()}@SYNC.localhost"
+    yield f"{sync_id}@127.0.0.1"  # the sync host as the demo prints it
 
 
 def fingerprint(answer: Answer) -> tuple[int, bytes, tuple[tuple[str, str], ...]]:

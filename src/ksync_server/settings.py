@@ -49,6 +49,11 @@ class Hosts(Section, frozen=True):
     drive_suffix: str = "connect.localhost"  # <id>.<drive_suffix>
     paths: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")  # / sync, /drives/<id>/ drive
 
+    @property
+    def log_in(self) -> tuple[str, ...]:
+        """Every host that serves calendars: what may stand behind a sync id's @ (ACC3)."""
+        return (*self.sync, *(name.strip("[]") for name in self.paths))
+
 
 class Database(Section, frozen=True):
     """Rows. `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/name`."""

@@ -90,7 +90,7 @@ class Door:
                     "login_email": f"{name}@example.org",
                     "display_name": name.title(),
                     "password_hash": hashed,
-                    "sync_hosts": self.settings.hosts.sync,
+                    "sync_hosts": self.settings.hosts.log_in,
                     **options,
                 },
             )

@@ -214,6 +214,7 @@ def test_the_right_password_under_2fa_costs_argon2_every_time_as_a_wrong_one_doe
         "{id}@sync.example.org",
         "{lower}@SYNC.Example.ORG",
         "{id}@dav.example.org",
+        "{lower}@127.0.0.1",
         "Jürgen.Großmann@Example.org",
         "JÜRGEN.GROSSMANN@EXAMPLE.ORG",
         "ju\u0308rgen.großmann@example.org",

@@ -217,7 +217,7 @@ class Gate:
         self._database = database
         self._keys = keys
         self._offers = offers
-        self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.sync)
+        self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.log_in)
         self.passwords = passwords.AccountPasswords(settings.auth)
         self._notes = _Notes(database, settings.auth.last_used_s)
 

@@ -42,14 +42,14 @@ def _change(services: Services, name: str, fn: Callable[[Write, Account], T]) ->
     """Run a change of one account, named in any of its ways, in a transaction."""
 
     def run(tx: Write) -> T:
-        return fn(tx, accounts.get(tx, name, services.settings.hosts.sync))
+        return fn(tx, accounts.get(tx, name, services.settings.hosts.log_in))
 
     return services.database.write(run)
 
 
 def _see(services: Services, name: str, fn: Callable[[Read, Account], T]) -> T:
     with services.database.read() as tx:
-        return fn(tx, accounts.get(tx, name, services.settings.hosts.sync))
+        return fn(tx, accounts.get(tx, name, services.settings.hosts.log_in))
 
 
 def _shown(found: Account) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _account_create(
             display_name=display_name,
             password_hash=hashed,
             sync_id=sync_id,
-            sync_hosts=services.settings.hosts.sync,
+            sync_hosts=services.settings.hosts.log_in,
         )
         if organization is not None:
             accounts.put_member(tx, organization, made, role)
@@ -169,7 +169,7 @@ def _account_email(services: Services, name: str, login_email: str) -> Answer:
     """Change the login e-mail; the sync id stays."""
 
     def change(tx: Write, account: Account) -> Account:
-        accounts.set_login_email(tx, account, login_email, services.settings.hosts.sync)
+        accounts.set_login_email(tx, account, login_email, services.settings.hosts.log_in)
         return accounts.by_id(tx, account.id)
 
     found = _change(services, name, change)
@@ -362,7 +362,7 @@ def _drive_create(services: Services, product_id: int, name: str, members: tuple
             tx, product_id, name, reserved=(folders.trash_name, folders.common_name)
         )
         for member in members:
-            found = accounts.get(tx, member, services.settings.hosts.sync)
+            found = accounts.get(tx, member, services.settings.hosts.log_in)
             accounts.add_drive_member(tx, number, found)
         return number
 

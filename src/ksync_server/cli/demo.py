@@ -194,7 +194,7 @@ def _create(services: Services) -> list[dict[str, Any]]:
     from ksync_server.auth import accounts, secondfactor
     from ksync_server.store.database import Write
 
-    hosts = services.settings.hosts.sync
+    hosts = services.settings.hosts.log_in
     passwords = {person.name: _password() for person in PEOPLE}
     hashes = {name: services.gate.passwords.hash(password) for name, password in passwords.items()}
 
