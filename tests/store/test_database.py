@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -269,3 +270,16 @@ def test_nobody_else_on_the_machine_reads_the_sqlite_files(tmp_path: Path) -> No
         os.umask(before)
     assert modes
     assert set(modes.values()) == {0o600}, modes
+
+
+def test_a_server_that_falls_silent_is_given_up_after_a_while_that_the_url_may_set(
+    postgresql_url: str,
+) -> None:
+    mark = "&" if "?" in postgresql_url else "?"
+    database = Database(settings.Database(url=f"{postgresql_url}{mark}connect_timeout=3"))
+    with database.engine.connect() as connection:
+        driver: Any = connection.connection.dbapi_connection
+        found = driver.info.get_parameters()
+    database.close()
+    assert (found["connect_timeout"], found["tcp_user_timeout"]) == ("3", "30000")
+    assert int(found["keepalives_idle"]) < 60

@@ -36,6 +36,14 @@ Parameters = Mapping[str, Any]
 _RETRIED = frozenset({"40001", "40P01"})  # serialization_failure, deadlock_detected
 _RETRIES = 8
 _GENERATION: sa.Select[tuple[str]] = sa.select(sa.literal_column("generation")).select_from(sa.table("store"))
+# libpq: a server that is gone without a word (a cut cable) would hold a thread for hours. The URL may differ.
+_PATIENCE = {
+    "connect_timeout": 10,  # seconds
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
 _GROUP_S = 0.02  # a group takes no further write after this, so that an idle writer waits little
 
 
@@ -132,6 +140,7 @@ class Database:
                 max_overflow=4,
                 pool_timeout=settings.busy_timeout_s,
                 pool_recycle=1800,
+                connect_args={name: value for name, value in _PATIENCE.items() if name not in url.query},
             )
             self._writer = None
         driver = self._engine.dialect.loaded_dbapi
