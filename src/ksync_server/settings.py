@@ -6,7 +6,11 @@ and a test compares both.
 
 from __future__ import annotations
 
+import difflib
+import re
 import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,38 +183,229 @@ def _typed(value: str) -> Any:
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One reason why a configuration cannot be used."""
+
+    key: str  # `section.key`; "" = the file as a whole
+    text: str
+    line: int | None = None  # where the file gives the key; None = not in the file
+
+
 def build(tables: dict[str, Any], overrides: tuple[str, ...] = ()) -> Settings:
     """Settings from parsed TOML and `section.key=value` overrides.
 
+    Args:
+        tables: as `tomllib` reads them; left as they are.
+        overrides: each `section.key=value`, the value in TOML or a bare word.
+
     Raises:
-        ConfigError: an unknown key, a wrong type, or an override without `=`.
+        ConfigError: an unknown key, a wrong type, a value that cannot be used, or an override without
+            `=`; one line for each.
     """
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: expected KEY=VALUE")
-        table = tables
-        *path, last = key.strip().split(".")
-        for part in path:
-            table = table.setdefault(part, {})
-        table[last] = _typed(value.strip())
-    try:
-        return msgspec.convert(tables, Settings, strict=True, dec_hook=_decode_hook)
-    except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from None
+    settings, mistakes = _convert(_overridden(tables, overrides))
+    if settings is None:
+        raise ConfigError("\n".join(f"{each.key}: {each.text}" for each in mistakes))
+    return settings
 
 
 def load(path: Path, overrides: tuple[str, ...] = ()) -> Settings:
     """Read one TOML file; relative paths in it count from its folder.
 
+    Args:
+        path: of the file.
+        overrides: as `build` takes them.
+
     Raises:
-        ConfigError: unreadable, not TOML, or not a configuration; names the file.
+        ConfigError: unreadable, not TOML, or not a configuration; each mistake with file and line.
+    """
+    settings, mistakes = examine(path, overrides)
+    if settings is None:
+        raise ConfigError("\n".join(explain(path, each) for each in mistakes))
+    return settings
+
+
+def examine(path: Path, overrides: tuple[str, ...] = ()) -> tuple[Settings | None, tuple[Mistake, ...]]:
+    """The settings of a file, or every mistake that keeps them from being used.
+
+    Args:
+        path: of the file.
+        overrides: as `build` takes them.
+
+    Raises:
+        ConfigError: an override without `=`.
     """
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-        return anchored(build(tables, overrides), path.parent)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        text = path.read_text("utf-8")
+        tables = tomllib.loads(text)
+    except OSError as error:
+        return None, (Mistake("", str(error.strerror)),)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        found = re.search(r" \(at line (\d+)", str(error))
+        return None, (Mistake("", f"not TOML: {error}", int(found[1]) if found else None),)
+    settings, mistakes = _convert(_overridden(tables, overrides))
+    if settings is None:
+        return None, located(text, mistakes)
+    return anchored(settings, path.parent), ()
+
+
+def located(text: str, mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
+    """The same mistakes with the lines of their keys in a configuration's text."""
+    lines = {key: number for number, key in _keys(text)}
+    return tuple(Mistake(each.key, each.text, lines.get(each.key)) for each in mistakes)
+
+
+def explain(path: Path, mistake: Mistake) -> str:
+    """A mistake as one line for a person: file, line, key, reason."""
+    where = f"{path}, line {mistake.line}" if mistake.line else str(path)
+    return ": ".join(part for part in (where, mistake.key, mistake.text) if part)
+
+
+def _keys(text: str) -> Iterator[tuple[int, str]]:
+    """The tables and keys of a TOML text with their lines, as this program's files write them."""
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            table = header[1]
+            yield number, table
+        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
+            yield number, f"{table}.{key[1]}" if table else key[1]
+
+
+def _overridden(tables: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of the tables with the overrides in it."""
+    merged = {name: dict(value) if isinstance(value, dict) else value for name, value in tables.items()}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE")
+        section, dot, last = key.strip().partition(".")
+        table = merged.setdefault(section, {}) if dot else merged
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {section} is no table")
+        table[last if dot else section] = _typed(value.strip())
+    return merged
+
+
+def _convert(tables: dict[str, Any]) -> tuple[Settings | None, tuple[Mistake, ...]]:
+    """Settings, or what is wrong: unknown keys and wrong types first, unusable values when there are none."""
+    mistakes: list[Mistake] = []
+    sections: dict[str, Any] = {}
+    known = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+    for name, value in tables.items():
+        if name not in known:
+            mistakes.append(Mistake(name, _unknown(name, known)))
+            continue
+        kind = known[name]
+        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
+            fields = kind.__struct_fields__
+            wrong = [key for key in value if key not in fields]
+            mistakes += [Mistake(f"{name}.{key}", _unknown(key, fields)) for key in wrong]
+            value = {key: inner for key, inner in value.items() if key in fields}
+        try:
+            sections[name] = msgspec.convert(value, kind, strict=True, dec_hook=_decode_hook)
+        except msgspec.ValidationError as error:
+            reason, _, where = str(error).partition(" - at `$")
+            key = name + where.removesuffix("`").split("[")[0]
+            mistakes.append(Mistake(key, reason.lower()))
+    if mistakes:
+        return None, tuple(mistakes)
+    settings = Settings(**sections)
+    mistakes += _unusable(settings)
+    return (None, tuple(mistakes)) if mistakes else (settings, ())
+
+
+def _unknown(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, known, 1)
+    return "there is no such setting" + (f"; did you mean {close[0]}?" if close else "")
+
+
+_CHOICES = {
+    "database.durability": ("full", "normal"),
+    "drive.root_view": ("auto", "folders", "drive"),
+    "log.level": ("debug", "info", "warning", "error"),
+    "log.format": ("json", "text"),
+}
+# Everything else may be 0: nothing kept, nothing allowed, or at once.
+_POSITIVE = frozenset(
+    [
+        "server.workers",
+        "server.threads",
+        "server.header_bytes",
+        "server.header_timeout_s",
+        "server.idle_timeout_s",
+        "server.body_timeout_s",
+        "server.connections",
+        "database.group_writes",
+        "database.busy_timeout_s",
+        "blobs.extent_bytes",
+        "blobs.stage_lease_s",
+        "auth.password_bytes",
+        "auth.argon2_time",
+        "auth.argon2_parallel",
+        "auth.argon2_queue",
+        "xml.max_bytes",
+        "xml.max_depth",
+        "xml.max_elements",
+        "xml.max_hrefs",
+        "dav.recurrence_steps",
+        "dav.sync_page_rows",
+        "dav.max_sync_rows",
+        "drive.max_name_bytes",
+        "drive.max_path_depth",
+        "drive.lock_seconds",
+        "drive.transfers",
+        "drive.chunk_bytes",
+    ]
+)
+_ARGON2_LEAST_KIB = 8  # RFC 9106 section 3.1: 8 KiB per lane, and we use one
+_DATABASE = re.compile(r"sqlite:///.|postgresql(\+psycopg)?://")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
+
+
+def _unusable(settings: Settings) -> Iterator[Mistake]:
+    """Values of the right type that would fail, or let the wrong thing happen, when first used."""
+    for name in settings.__struct_fields__:
+        section = getattr(settings, name)
+        for key in section.__struct_fields__ if isinstance(section, Section) else ():
+            text = _wrong_value(f"{name}.{key}", getattr(section, key))
+            if text:
+                yield Mistake(f"{name}.{key}", text)
+    if not _DATABASE.match(settings.database.url):
+        yield Mistake("database.url", "must be sqlite:///FILE or postgresql://...")
+    if not settings.server.listen:
+        yield Mistake("server.listen", "needs an address")
+    for key, hosts in (("hosts.sync", settings.hosts.sync), ("hosts.paths", settings.hosts.paths)):
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                yield Mistake(key, f"{host!r} is no host name (no scheme, no port)")
+    if not _HOST.fullmatch(settings.hosts.drive_suffix.lstrip(".")):
+        yield Mistake("hosts.drive_suffix", f"{settings.hosts.drive_suffix!r} is no host name")
+    yield from _unusable_names(settings.drive)
+    if settings.drive.max_chunked_bytes > settings.drive.chunked_ceiling_bytes:
+        yield Mistake("drive.max_chunked_bytes", "must not be above drive.chunked_ceiling_bytes")
+    if settings.auth.argon2_memory_kib < _ARGON2_LEAST_KIB:
+        yield Mistake("auth.argon2_memory_kib", f"must be at least {_ARGON2_LEAST_KIB}")
+
+
+def _wrong_value(key: str, value: Any) -> str:
+    if key in _CHOICES and value not in _CHOICES[key]:
+        return f"must be one of {', '.join(_CHOICES[key])}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    if not value >= 0 or value == float("inf"):
+        return "must not be negative" if value < 0 else "must be a number"
+    return "must be above 0" if value == 0 and key in _POSITIVE else ""
+
+
+def _unusable_names(drive: Drive) -> Iterator[Mistake]:
+    """The folders that every drive has are two different names."""
+    for key in ("trash_name", "common_name"):
+        name = getattr(drive, key)
+        if name.strip(" .") != name or not name or not name.isprintable() or "/" in name:
+            yield Mistake(f"drive.{key}", f"{name!r} cannot name a folder")
+    if drive.trash_name.casefold() == drive.common_name.casefold():
+        yield Mistake("drive.common_name", "must differ from drive.trash_name")
 
 
 def anchored(settings: Settings, folder: Path) -> Settings:

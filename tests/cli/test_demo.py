@@ -164,6 +164,25 @@ def test_check_config_and_migrate(tmp_path: Path) -> None:
     assert (result.exit_code, "host:port" in result.output) == (1, True)
 
 
+def test_check_config_finds_what_the_server_would_refuse_when_it_starts(tmp_path: Path) -> None:
+    config = tmp_path / "ksync.toml"
+    config.write_text(
+        "offers_file = 'none.toml'\n[server]\nlisten = ['nowhere']\n"
+        "admin_listen = '127.0.0.1:99999'\ntrusted_proxies = ['1.2.3']\n"
+    )
+    result = CliRunner().invoke(main, ["check-config", "--config", str(config), "--json"])
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["ok"]) == (1, False)
+    assert {(row["line"], row["key"]) for row in said["mistakes"]} == {
+        (1, "offers_file"),
+        (3, "server.listen"),
+        (4, "server.admin_listen"),
+        (5, "server.trusted_proxies"),
+    }
+    result = CliRunner().invoke(main, ["check-config", "--config", str(config)])
+    assert f"Error: {config}, line 3: server.listen: 'nowhere' is not host:port\n" in result.stderr
+
+
 def test_samples_are_requests_of_the_person_they_are_for() -> None:
     assert list(samples.of("bob", "AB12345")) == []
     for name in ("alice", "carol", "dave"):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 
+from ksync_server import settings as configuration
 from ksync_server.cli import accounts
 from ksync_server.cli import demo as demonstration
 from ksync_server.cli.context import Context, Main, shared_metrics
+from ksync_server.errors import ConfigError
+from ksync_server.settings import Mistake, Settings
 
 __all__ = ["main"]
 
@@ -69,16 +74,41 @@ def serve(context: Context, config: Path | None, overrides: tuple[str, ...]) -> 
 @_as_json
 @_pass
 def check_config(context: Context, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say whether the configuration can be used, and what is wrong with it."""
+    """Say whether the configuration can be used, and what is wrong with it, line by line."""
+    where = _with_config(context, config, overrides)
+    path = where.path()
+    settings, mistakes = configuration.examine(path, where.overrides)
+    if settings is not None:
+        mistakes = configuration.located(path.read_text("utf-8"), tuple(_refused_later(settings)))
+    if as_json:
+        rows = [{"key": each.key, "line": each.line, "text": each.text} for each in mistakes]
+        click.echo(json.dumps({"ok": not mistakes, "mistakes": rows}))
+    elif not mistakes:
+        click.echo("The configuration can be used.")
+    for mistake in mistakes:
+        click.echo(f"Error: {configuration.explain(path, mistake)}", err=True)
+    if mistakes:
+        raise SystemExit(1)
+
+
+def _refused_later(settings: Settings) -> Iterator[Mistake]:
+    """What the parts of the server refuse when they start."""
     from ksync_server.app import Proxies
+    from ksync_server.auth import offers
     from ksync_server.server import parse_listen
 
-    settings = _with_config(context, config, overrides).settings()
-    Proxies(settings.server.trusted_proxies)
-    for address in (*settings.server.listen, settings.server.admin_listen):
-        if address:
-            parse_listen(address)
-    click.echo(json.dumps({"ok": True}) if as_json else "The configuration can be used.")
+    listen = (("server.listen", address) for address in settings.server.listen)
+    admin = [("server.admin_listen", settings.server.admin_listen)] if settings.server.admin_listen else []
+    checks: list[tuple[str, Callable[[], object]]] = [
+        *((key, partial(parse_listen, address)) for key, address in (*listen, *admin)),
+        ("server.trusted_proxies", partial(Proxies, settings.server.trusted_proxies)),
+        ("offers_file", partial(offers.load, settings.offers_file)),
+    ]
+    for key, check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            yield Mistake(key, str(error).removeprefix(f"{key}: "))
 
 
 @main.command()

@@ -26,16 +26,23 @@ class Context:
     config: Path | None
     overrides: tuple[str, ...] = ()
 
+    def path(self) -> Path:
+        """The configuration file.
+
+        Raises:
+            ConfigError: none was named and there is no ./ksync.toml.
+        """
+        if self.config is None and not DEFAULT_CONFIG.exists():
+            raise ConfigError("name a configuration: --config FILE (or KSYNC_CONFIG)")
+        return self.config or DEFAULT_CONFIG
+
     def settings(self) -> Settings:
         """The configuration, read anew.
 
         Raises:
-            ConfigError: none was named and there is no ./ksync.toml, or it cannot be used.
+            ConfigError: see `path`, or it cannot be used.
         """
-        path = self.config or DEFAULT_CONFIG
-        if self.config is None and not path.exists():
-            raise ConfigError("name a configuration: --config FILE (or KSYNC_CONFIG)")
-        return configuration.load(path, self.overrides)
+        return configuration.load(self.path(), self.overrides)
 
     @contextlib.contextmanager
     def services(self) -> Iterator[Any]:
