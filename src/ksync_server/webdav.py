@@ -216,7 +216,6 @@ def status(code: int) -> str:
 
 _STATUS = {code: f"<d:status>HTTP/1.1 {code} {reason}</d:status>" for code, reason in _REASONS.items()}
 OK = status(200)
-MISSING = status(404)
 
 
 def _href(href: str) -> str:

@@ -14,7 +14,7 @@ from ksync_server.dav.places import Kind
 from ksync_server.dav.site import OWNERS
 from ksync_server.store import tables as t
 from ksync_server.wire import xml
-from tests.dav.harness import NOW, Client, Store, calendar, card, component, event, make_account
+from tests.dav.harness import Client, Store, calendar, card, component, event, make_account
 
 D = "{DAV:}"
 C = "{urn:ietf:params:xml:ns:caldav}"
@@ -255,17 +255,6 @@ def test_moves_that_lead_elsewhere_are_refused(make_client: Callable[..., Client
 
 
 # -- rows -------------------------------------------------------------------------------------------------
-
-
-def test_a_new_account_gets_a_calendar_and_an_address_book_once(client: Client) -> None:
-    for _ in range(2):
-        client.store.database.write(
-            lambda tx: collections.create_defaults(tx, client.identity.account_id, now=NOW)
-        )
-    (_, path) = client.propfind(client.home, D + "displayname", depth="1").rows()
-    assert client.prop(path, D + "displayname").text(D + "displayname") == "Calendar"
-    (_, book) = client.propfind(client.books, D + "displayname", depth="1").rows()
-    assert client.prop(book, D + "displayname").text(D + "displayname") == "Contacts"
 
 
 def test_a_deleted_collection_is_erased_step_by_step_even_if_that_was_cut_off(client: Client) -> None:

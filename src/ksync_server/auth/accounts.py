@@ -343,12 +343,6 @@ def _update(tx: Write, account_id: int, **values: object) -> None:
     tx.execute(sa.update(t.account).where(t.account.c.id == account_id).values(**values))
 
 
-def list_accounts(tx: Read) -> list[Account]:
-    """Every account by sync id."""
-    rows = tx.execute(sa.select(*_ACCOUNT_COLUMNS).order_by(t.account.c.sync_id))
-    return [_account(tuple(row)) for row in rows]
-
-
 # -- organizations and products -------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ that a large one stops nobody.
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +24,6 @@ from ksync_server.wire.timezones import named_zone
 
 TIMEZONE = CALDAV + "calendar-timezone"
 TIMEZONE_ID = CALDAV + "calendar-timezone-id"
-DISPLAYNAME = DAV + "displayname"
 COMPONENTS = ("VEVENT", "VTODO", "VJOURNAL", "VFREEBUSY", "VAVAILABILITY")
 MAX_NAME_BYTES = 255  # of a collection's name, UTF-8
 
@@ -216,23 +214,6 @@ def hold(tx: Write, collection_id: int) -> None:
     tx.scalar(_HOLD, {"id_": collection_id})
 
 
-def lock_pair(
-    tx: Write, account_id: int, kind: Kind, names: tuple[str, str]
-) -> tuple[Collection, Collection]:
-    """`lock` for the source and the target of a MOVE, in id order so that two writers cannot wait for each
-    other; one that is both takes two numbers.
-
-    Raises:
-        NotFound: one of them does not exist; roll back.
-    """
-    if names[0] == names[1]:
-        found = lock(tx, account_id, kind, names[0], 2)
-        return found, found
-    by_id = sorted(names, key=lambda name: get(tx, account_id, kind, name).id)
-    locked = {name: lock(tx, account_id, kind, name) for name in by_id}
-    return locked[names[0]], locked[names[1]]
-
-
 def create(
     tx: Write,
     account_id: int,
@@ -274,20 +255,6 @@ def create(
     for key, text in (stored or {}).items():
         tx.fast(_NEW_PROPERTY, {"id_": number, "name": key, "xml": text})
     return get(tx, account_id, kind, name)
-
-
-def create_defaults(tx: Write, account_id: int, *, now: int) -> None:
-    """The calendar and the address book that every new account finds: clients of contacts cannot make one.
-
-    Collections that are there already stay as they are.
-    """
-    for kind, name, title in (
-        (Kind.CALENDAR, "calendar", "Calendar"),
-        (Kind.ADDRESSBOOK, "contacts", "Contacts"),
-    ):
-        if find(tx, account_id, kind, name) is None:
-            stored = {DISPLAYNAME: xml.serialise(xml.Element(DISPLAYNAME, (), (title,)))}
-            create(tx, account_id, kind, name, stored=stored, limit=sys.maxsize, now=now)
 
 
 def change_properties(

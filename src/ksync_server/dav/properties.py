@@ -25,7 +25,6 @@ from ksync_server.wire import headers as grammar
 from ksync_server.wire import xml
 
 CS = "{http://calendarserver.org/ns/}"
-ICAL = "{http://apple.com/ns/ical/}"
 
 # Reports by the resources that have them; supported-report-set and reports.py say the same.
 COLLECTION_REPORTS = {

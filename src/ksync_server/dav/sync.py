@@ -23,7 +23,6 @@ _BETWEEN = (
     .order_by(_O.seq)
     .limit(_P("most"))
 )
-_SEQ = 1  # column of `objects.COLUMNS`
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +112,3 @@ def rows(tx: Read, found: SyncPage, after: int, most: int) -> list[Row]:
     """
     values = {"collection_id": found.collection.id, "after": after, "until": found.until, "most": most}
     return tx.fast(_BETWEEN, values)
-
-
-def last_number(found: list[Row]) -> int:
-    """Where the rows after these begin."""
-    return int(found[-1][_SEQ])

@@ -25,7 +25,6 @@ from ksync_server.webdav import LockState
 from ksync_server.wire import xml
 
 NO_CONFLICT = "{DAV:}no-conflicting-lock"
-TOKEN_MATCHES = "{DAV:}lock-token-matches-request-uri"  # noqa: S105 - the name of a precondition
 
 Href = Callable[[tuple[str, ...]], str]  # a decoded path of this site, quoted as the client writes it
 

@@ -207,12 +207,6 @@ def get(tx: Read, node_id: int) -> Node:
     return node(row)
 
 
-def find_child(tx: Read, parent_id: int, name: str) -> Node | None:
-    """The member of a folder with this stored name."""
-    row = tx.one(statements.CHILD, {"parent": parent_id, "name": name})
-    return node(row) if row else None
-
-
 def list_page(tx: Read, parent_id: int, after: str = "", most: int = _PAGE) -> list[Node]:
     """Up to `most` members of a folder in name order, after the name `after`.
 

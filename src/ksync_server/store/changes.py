@@ -8,7 +8,6 @@ the order of their ids.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -102,11 +101,6 @@ def bump(tx: Write, collection_id: int, by: int = 1) -> int:
     if row is None:
         raise NotFound("The collection does not exist any more.")
     return int(row[0])
-
-
-def bump_all(tx: Write, collection_ids: Iterable[int]) -> dict[int, int]:
-    """`bump` for several collections, in id order so that two writers cannot wait for each other."""
-    return {number: bump(tx, number) for number in sorted(set(collection_ids))}
 
 
 def etag(generation: str, collection_id: int, seq: int) -> str:
