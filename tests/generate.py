@@ -1,6 +1,6 @@
-"""Write notes/specifications.md: which section of which standard which test proves, from the `spec` marks.
+"""Write what follows from the code: notes/specifications.md, config/ksync.toml, the owner tables of README.md.
 
-python -m tests.specifications
+python -m tests.generate
 """
 
 from __future__ import annotations

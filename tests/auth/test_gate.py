@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from dataclasses import dataclass, replace
 
 import pyotp
@@ -16,6 +17,7 @@ from ksync_server.auth.accounts import Account
 from ksync_server.auth.gate import VERBS, Credentials, DriveTarget, HomeTarget, Identity, Service
 from ksync_server.errors import (
     AppPasswordRequired,
+    BadRequest,
     ClientError,
     Forbidden,
     NotAuthenticated,
@@ -429,11 +431,40 @@ def test_a_refused_secret_was_not_used(door: Door) -> None:
     assert _app_password(door, account)["last_used_at"] is None
 
 
+def test_an_application_password_opens_until_its_end_and_from_its_addresses(door: Door) -> None:
+    account = door.account()
+    end = int(time.time()) + 3600
+    for addresses in (["192.0.2.7"], ["198.51.100.1", " 192.0.2.0/28 "], ["::/0", "0.0.0.0/0"]):
+        _, secret = door.write(
+            lambda tx, some=addresses: accounts.create_app_password(  # type: ignore[misc]
+                tx, door.keys, account, "phone", expires_at=end, addresses=some
+            )
+        )
+        assert door.log_in(account.sync_id, secret.shown).account_id == account.id
+    with door.database.read() as tx:
+        rows = directory.app_passwords(tx, account)
+    assert [row["expires_at"] for row in rows] == [end] * 3
+    assert rows[1]["addresses"] == ["192.0.2.0/28", "198.51.100.1/32"]
+
+
+def test_an_application_password_that_could_never_open_anything_is_not_made(door: Door) -> None:
+    account = door.account()
+    for wrong in ({"expires_at": int(time.time())}, {"addresses": ["office"]}, {"addresses": [""]}):
+        with pytest.raises(BadRequest):
+            door.write(
+                lambda tx, wrong=wrong: accounts.create_app_password(tx, door.keys, account, "phone", **wrong)  # type: ignore[misc]
+            )
+    with door.database.read() as tx:
+        assert directory.app_passwords(tx, account) == []
+
+
 @pytest.mark.parametrize(
     ("cause", "reason"),
     [
         ("2FA", "an application password is needed"),
         ("revoked", "revoked application password"),
+        ("expired", "expired application password"),
+        ("elsewhere", "an address that the application password is not for"),
         ("suspended", "the account is suspended"),
         ("another name", "the application password of another account"),
     ],
@@ -451,6 +482,15 @@ def test_the_owner_and_the_log_are_told_why_a_right_secret_was_refused(
         door.write(lambda tx: accounts.revoke_app_passwords(tx, account))
     elif cause == "suspended":
         door.write(lambda tx: accounts.set_state(tx, account, "suspended"))
+    elif cause == "expired":
+        door.write(lambda tx: tx.execute(sa.update(t.app_password).values(expires_at=int(time.time()))))
+    elif cause == "elsewhere":
+        _, app = door.write(
+            lambda tx: accounts.create_app_password(
+                tx, door.keys, account, "office", addresses=["198.51.100.0/24"]
+            )
+        )
+        secret = app.shown
     else:
         name = "nobody@example.org"
     with caplog.at_level(logging.WARNING):

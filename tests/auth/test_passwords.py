@@ -173,3 +173,12 @@ def test_what_is_remembered_holds_for_one_account_password_and_epoch(kept: Accou
     assert not kept.is_known(1, "one", 8)
     assert not kept.is_known(1, "one", 7), "an entry that failed once is gone"
     assert b"one" not in b"".join(kept._known)
+
+
+def test_addresses_are_compared_as_addresses() -> None:
+    kept = passwords.networks(["192.0.2.0/24", "2001:db8::/32", "192.0.2.0/24"])
+    assert kept == "192.0.2.0/24 2001:db8::/32"
+    for inside in ("192.0.2.255", "::ffff:192.0.2.1", "2001:DB8::1"):
+        assert passwords.is_within(inside, kept), inside
+    for outside in ("192.0.3.0", "2001:db9::1", "", "unknown"):
+        assert not passwords.is_within(outside, kept), outside

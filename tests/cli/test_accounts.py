@@ -173,6 +173,37 @@ def test_application_passwords_come_and_go(shell: Shell, gate: Gate) -> None:
     shell.refusal("app-password", "create", sync_id, "--name", "x", "--scope", "imap", code=2)
 
 
+def test_an_application_password_ends_and_is_tied_to_addresses(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    create = ("app-password", "create", sync_id, "--name", "office")
+    made = shell.json(*create, "--expires", "2099-12-31", "--address", "203.0.113.0/24", "--address", "::1")
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, sync_id, made["secret"])
+    (row,) = shell.json("app-password", "list", sync_id)
+    assert row["expires_at"] == 4_102_358_400
+    assert row["addresses"] == ["203.0.113.0/24", "::1/128"]
+    assert "past" in shell.refusal(*create, "--expires", "2001-01-01")
+    assert "network" in shell.refusal(*create, "--address", "office")
+    shell.refusal(*create, "--expires", "tomorrow", code=2)
+
+
+def test_recovery_options_are_set_shown_and_removed(shell: Shell) -> None:
+    sync_id = shell.create()
+    recovery = ("account", "recovery", sync_id)
+    assert shell.json(*recovery)["recovery_email"] is None
+    shell.json(*recovery, "--email", "me@example.net", "--mobile", "+41 (79) 123-45.67")
+    shown = shell.json("account", "show", sync_id)
+    assert (shown["recovery_email"], shown["recovery_mobile"]) == ("me@example.net", "+41791234567")
+    shell.json(*recovery, "--mobile", "")
+    assert shell.json(*recovery) == {
+        "sync_id": sync_id,
+        "recovery_email": "me@example.net",
+        "recovery_mobile": None,
+    }
+    assert "e-mail address" in shell.refusal(*recovery, "--email", "me")
+    assert "international" in shell.refusal(*recovery, "--mobile", "079 123 45 67")
+
+
 def test_a_second_factor_is_enrolled_confirmed_renewed_and_removed(shell: Shell, gate: Gate) -> None:
     sync_id = shell.create()
     log_in(gate, sync_id, PASSWORD)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from ksync_server.auth.keys import Keys
-from ksync_server.auth.passwords import AccountPasswords, AppPassword, new_app_password
+from ksync_server.auth.passwords import AccountPasswords, AppPassword, networks, new_app_password
 from ksync_server.errors import BadRequest, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Write
@@ -30,6 +30,8 @@ ROLES = ("legal_representative", "administrator", "collaborator", "external")
 SCOPES = ("caldav", "carddav", "drive")
 STATES = ("active", "suspended")
 _EMAIL = re.compile(r"[^@\s\x00-\x1f:]{1,200}@[^@\s\x00-\x1f:]{1,253}")
+_MOBILE = re.compile(r"\+[1-9][0-9]{6,14}")  # ITU-T E.164
+_BETWEEN_DIGITS = re.compile(r"[\s()./-]")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NAME_CHARACTERS = 200
 _LONGEST_LOGIN = 500  # characters
@@ -326,6 +328,36 @@ def set_login_email(
     audit(tx, actor, "account.login-email", account.sync_id, {"from": account.login_email, "to": text})
 
 
+def set_recovery(
+    tx: Write,
+    account: Account,
+    *,
+    email: str | None = None,
+    mobile: str | None = None,
+    actor: Actor = OPERATOR,
+) -> None:
+    """Set where an account's owner can be reached when its login fails (ACC1).
+
+    Args:
+        email: an address; "" removes it, None leaves it.
+        mobile: an international number; kept as `+` and digits; "" removes it, None leaves it.
+
+    Raises:
+        BadRequest: malformed; nothing was changed.
+    """
+    changed: dict[str, str | None] = {}
+    if email is not None:
+        changed["recovery_email"] = checked_email(email) if email.strip() else None
+    if mobile is not None:
+        digits = _BETWEEN_DIGITS.sub("", mobile)
+        if digits and not _MOBILE.fullmatch(digits):
+            raise BadRequest(f"{mobile!r} is not an international number such as +41 79 123 45 67.")
+        changed["recovery_mobile"] = digits or None
+    if changed:
+        _update(tx, account.id, **changed)
+        audit(tx, actor, "account.recovery", account.sync_id, {"changed": sorted(changed)})
+
+
 def set_state(tx: Write, account: Account, state: str, actor: Actor = OPERATOR) -> None:
     """Suspend or reactivate an account.
 
@@ -574,15 +606,27 @@ def create_app_password(
     name: str,
     scopes: Iterable[str] = SCOPES,
     actor: Actor = OPERATOR,
+    *,
+    expires_at: int | None = None,
+    addresses: Iterable[str] = (),
 ) -> tuple[int, AppPassword]:
     """A new application password: its row id and the secret, which is shown now and never again (APP2).
 
+    Args:
+        name: what it is for.
+        scopes: one or more of `SCOPES`.
+        expires_at: Unix seconds from which on it is refused; None = never.
+        addresses: addresses or networks it works from; none = everywhere.
+
     Raises:
-        BadRequest: a malformed name, or no or unknown scopes.
+        BadRequest: a malformed name, no or unknown scopes, an end that has passed, or no network. Nothing was
+            changed.
     """
     wanted = sorted(set(scopes))
     if not wanted or not set(wanted) <= set(SCOPES):
         raise BadRequest(f"Scopes are one or more of {', '.join(SCOPES)}.")
+    if expires_at is not None and expires_at <= time.time():
+        raise BadRequest("An application password cannot end in the past.")
     secret = new_app_password()
     while tx.execute(sa.select(t.app_password.c.id).where(t.app_password.c.lookup == secret.lookup)).first():
         secret = new_app_password()
@@ -595,6 +639,8 @@ def create_app_password(
         "digest": digest,
         "key_id": key_id,
         "created_at": int(time.time()),
+        "expires_at": expires_at,
+        "addresses": networks(addresses),
     }
     number = tx.execute(sa.insert(t.app_password).returning(t.app_password.c.id), row).scalar_one()
     audit(
@@ -602,7 +648,7 @@ def create_app_password(
         actor,
         "app-password.create",
         account.sync_id,
-        {"id": number, "name": row["name"], "scopes": row["scopes"]},
+        {name: row[name] for name in ("name", "scopes", "expires_at", "addresses")} | {"id": number},
     )
     return number, secret
 

@@ -30,6 +30,12 @@ def accounts(tx: Read, *, without_second_factor: bool = False) -> Rows:
     return _rows(tx, statement.where(c.second_factor.is_(False)) if without_second_factor else statement)
 
 
+def recovery(tx: Read, account: Account) -> dict[str, Any]:
+    """Where an account's owner can be reached when its login fails (ACC1)."""
+    c = t.account.c
+    return _rows(tx, sa.select(c.recovery_email, c.recovery_mobile).where(c.id == account.id))[0]
+
+
 def organizations(tx: Read) -> Rows:
     """Every organization with the number of its members."""
     c = t.organization.c
@@ -80,12 +86,12 @@ def drive_members(tx: Read, drive_id: int) -> Rows:
 
 
 def app_passwords(tx: Read, account: Account) -> Rows:
-    """Application passwords, revoked ones too: created, last used, service, address, client (APP2)."""
+    """Application passwords, revoked and expired ones too: created, last used, where and by what (APP2)."""
     c = t.app_password.c
     use = (c.last_used_at, c.last_service, c.last_address, c.last_client)
-    statement = sa.select(c.id, c.name, c.scopes, c.created_at, c.revoked_at, *use)
+    statement = sa.select(c.id, c.name, c.scopes, c.created_at, c.expires_at, c.addresses, c.revoked_at, *use)
     rows = _rows(tx, statement.where(c.account_id == account.id).order_by(c.id))
-    return [{**row, "scopes": row["scopes"].split()} for row in rows]
+    return [{**row, "scopes": row["scopes"].split(), "addresses": row["addresses"].split()} for row in rows]
 
 
 def second_factors(tx: Read, account: Account) -> Rows:

@@ -147,6 +147,8 @@ _APP_PASSWORD = (
         t.app_password.c.key_id,
         t.app_password.c.scopes,
         t.app_password.c.revoked_at,
+        t.app_password.c.expires_at,
+        t.app_password.c.addresses,
         t.app_password.c.last_used_at,
         t.account.c.id,
         t.account.c.sync_id,
@@ -251,7 +253,8 @@ class Gate:
                 secret of the wrong scope is a right log-in.
 
         Raises:
-            NotAuthenticated: unknown name, wrong or revoked secret, suspended account.
+            NotAuthenticated: unknown name, wrong, revoked or expired secret, one that is not for the peer's
+                address, suspended account.
             AppPasswordRequired: the right account password while 2FA is on (APP3). Clients cannot tell it
                 from the others; its owner finds the reason in the audit.
             Unavailable: too many password verifications are waiting.
@@ -292,9 +295,8 @@ class Gate:
         if not rows:
             self._keys.digest(secret.secret.encode("ascii"))  # the same work as for a known one
             return _Refusal("no such application password")
-        (number, digest, key_id, scopes, revoked, used_at, account_id, sync_id, email, key, shown, state) = (
-            rows[0]
-        )
+        number, digest, key_id, scopes, revoked, expires, networks, used_at, *owner = rows[0]
+        account_id, sync_id, email, key, shown, state = owner
         try:
             _, wanted = self._keys.digest(secret.secret.encode("ascii"), key_id)
         except ConfigError:
@@ -306,9 +308,14 @@ class Gate:
             return _Refusal("the application password of another account", sync_id)
         if revoked is not None:
             return _Refusal("revoked application password", sync_id)
+        now = int(time.time())
+        if expires is not None and expires <= now:
+            return _Refusal("expired application password", sync_id)
+        if networks and not passwords.is_within(peer.address, networks):
+            return _Refusal("an address that the application password is not for", sync_id)
         if state != "active":
             return _Refusal(f"the account is {state}", sync_id)
-        self._notes.use(used_at, _Use(number, int(time.time()), service, peer.address, peer.user_agent[:200]))
+        self._notes.use(used_at, _Use(number, now, service, peer.address, peer.user_agent[:200]))
         return Identity(account_id, sync_id, email, shown, frozenset(scopes.split()), number)
 
     def _by_account_password(self, credentials: Credentials) -> Identity | _Refusal:

@@ -9,12 +9,13 @@ that holds no password and dies with the account's `auth_epoch`.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import re
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,28 @@ def parse_app_password(letters: str) -> AppPassword | None:
     if _check_letters(letters[:-_CHECK]) != letters[-_CHECK:]:
         return None
     return AppPassword(letters[:_ID], letters)
+
+
+def networks(addresses: Iterable[str]) -> str:
+    """Addresses and networks as a row keeps them: canonical, sorted, space separated.
+
+    Raises:
+        BadRequest: one is neither an IPv4 nor an IPv6 address or network.
+    """
+    try:
+        return " ".join(sorted({str(ipaddress.ip_network(each.strip(), strict=False)) for each in addresses}))
+    except ValueError as error:
+        raise BadRequest(f"{error}.") from None
+
+
+def is_within(address: str, kept: str) -> bool:
+    """Whether an address is in one of the networks that `networks` wrote; what is no address is in none."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    found = getattr(parsed, "ipv4_mapped", None) or parsed
+    return any(found in ipaddress.ip_network(each) for each in kept.split())
 
 
 # -- account passwords ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Secrets come from standard input or a file, never from arguments, which other us
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
@@ -127,7 +128,7 @@ def _account_list(services: Services, without_second_factor: bool) -> Answer:
 @_name
 def _account_show(services: Services, name: str) -> Answer:
     """Show one account."""
-    found = _shown(_see(services, name, lambda tx, account: account))
+    found = _see(services, name, lambda tx, account: _shown(account) | directory.recovery(tx, account))
     return Answer(found, table([found], ""))
 
 
@@ -174,6 +175,21 @@ def _account_email(services: Services, name: str, login_email: str) -> Answer:
 
     found = _change(services, name, change)
     return Answer(_shown(found), f"{found.sync_id} logs in as {found.login_email}.")
+
+
+@command(account, "recovery")
+@_name
+@click.option("--email", help="Address outside this server; empty removes it.")
+@click.option("--mobile", help="International number, such as +41 79 123 45 67; empty removes it.")
+def _account_recovery(services: Services, name: str, email: str | None, mobile: str | None) -> Answer:
+    """Set how the owner is reached when the login fails; shows what is set."""
+
+    def change(tx: Write, account: Account) -> dict[str, Any]:
+        accounts.set_recovery(tx, account, email=email, mobile=mobile)
+        return {"sync_id": account.sync_id, **directory.recovery(tx, account)}
+
+    row = _change(services, name, change)
+    return Answer(row, table([row], ""))
 
 
 def _set_state(services: Services, name: str, state: str) -> Answer:
@@ -468,13 +484,39 @@ def app_password() -> None:
     type=click.Choice(accounts.SCOPES),
     help="What it opens; may be repeated; everything without this.",
 )
-def _app_password_create(services: Services, account_name: str, name: str, scopes: tuple[str, ...]) -> Answer:
+@click.option(
+    "--expires",
+    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
+    help="From when on it is refused, in UTC; never without this.",
+)
+@click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    metavar="NETWORK",
+    help="Address or network it works from; may be repeated; everywhere without this.",
+)
+def _app_password_create(
+    services: Services,
+    account_name: str,
+    name: str,
+    scopes: tuple[str, ...],
+    expires: datetime | None,
+    addresses: tuple[str, ...],
+) -> Answer:
     """Create an application password; it is shown now and never again."""
+    expires_at = int(expires.replace(tzinfo=UTC).timestamp()) if expires else None
     number, secret = _change(
         services,
         account_name,
         lambda tx, account: accounts.create_app_password(
-            tx, services.keys, account, name, scopes or accounts.SCOPES
+            tx,
+            services.keys,
+            account,
+            name,
+            scopes or accounts.SCOPES,
+            expires_at=expires_at,
+            addresses=addresses,
         ),
     )
     return Answer(

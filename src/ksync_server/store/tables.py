@@ -110,6 +110,8 @@ app_password = _table(
     sa.Column("digest", sa.LargeBinary, nullable=False),  # HMAC-SHA256 under the pepper `key_id`
     sa.Column("key_id", sa.Text, nullable=False),
     sa.Column("created_at", Time, nullable=False),
+    sa.Column("expires_at", Time),  # from then on it is refused; NULL = never
+    sa.Column("addresses", sa.Text, nullable=False, default=""),  # networks it works from; "" = all
     sa.Column("revoked_at", Time),
     sa.Column("last_used_at", Time),
     sa.Column("last_service", sa.Text),
