@@ -111,11 +111,20 @@ def test_the_owner_tables_of_the_readme_are_those_of_the_sites() -> None:
     assert generate.readme(README) == README, "run ./run fix"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "notes/README.md", "notes/dependencies.md"])
+PAGES = ["README.md", "CHANGELOG.md", *(f"notes/{page.name}" for page in REPOSITORY.glob("notes/*.md"))]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = REPOSITORY / page
     for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text("utf-8")):
         assert (path.parent / link).exists(), f"{page}: {link}"
+
+
+def test_every_page_of_the_notes_is_listed() -> None:
+    index = (REPOSITORY / "notes" / "README.md").read_text("utf-8")
+    pages = {path.name for path in (REPOSITORY / "notes").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"^- \[([^]]+)\]", index, re.MULTILINE))
 
 
 def test_specifications_page_is_up_to_date() -> None:
