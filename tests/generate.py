@@ -1,4 +1,4 @@
-"""Write what follows from the code: notes/specifications.md, config/ksync.toml, the owner tables of README.md.
+"""Write what follows from the code: notes/specifications.md, config/ksync.toml, README.md's owner tables.
 
 python -m tests.generate
 """
