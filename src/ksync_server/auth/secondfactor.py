@@ -219,7 +219,7 @@ def remove(
         Conflict: an organization of the account requires a second factor and this is the last one (TFA8).
     """
     if len(reason.strip()) < 5:
-        raise BadRequest("Say why the second factor is removed; the reason is kept and the owner is told.")
+        raise BadRequest("Say why the second factor is removed; the reason is kept in the audit.")
     c = t.second_factor.c
     where = c.account_id == account.id
     if factor_id is not None:
