@@ -29,8 +29,8 @@ D = "{DAV:}"
 C = "{urn:ietf:params:xml:ns:caldav}"
 A = "{urn:ietf:params:xml:ns:carddav}"
 ETAG = "<d:prop><d:getetag/></d:prop>"
-HANG_S = 10.0  # CPU: tells a hang from work; conformance/hostile.py holds answers to 500 ms
-MANY_S = 20.0  # 1,000 objects that cannot be followed: without a bound they take minutes
+FAST_S = 0.5
+MANY_S = 3.0  # 1,000 objects that cannot be followed, on a machine that does other things, too
 
 
 def ask(client: Client, path: str, inner: str, *, data: str = "", more: str = "") -> Answer:
@@ -601,7 +601,7 @@ def test_a_rule_that_cannot_be_followed_is_answered_at_once(client: Client, name
         answer = act()
         spent.append(time.process_time() - began)
         assert answer.status in (200, 207, 403), answer.precondition
-    assert max(spent) < HANG_S, spent
+    assert max(spent) < FAST_S, spent
     assert "plain" in found(client, path, MAY)
 
 

@@ -459,7 +459,7 @@ def test_a_bomb_costs_its_budget_and_no_more(rule: str, first: int) -> None:
             for at in rrule.starts(rrule.parse_rule(rule), first, meter, after=window[0], last=window[1]):
                 assert window[0] <= at <= window[1]
         assert meter.left > -100_000
-        assert time.process_time() - begin < 3.0  # some 0.05 s; without the bound it does not end
+        assert time.process_time() - begin < 0.4  # some 0.05 s; room for a busy machine
 
 
 def test_a_rule_of_year_one_is_cheap_to_ask_about_today() -> None:

@@ -168,7 +168,7 @@ def test_a_zone_with_endless_rules_costs_its_budget_and_no_more(rule: str) -> No
     own = zone(text)
     assert isinstance(own, timezones.RuleZone)
     assert own.utcoffset(datetime(2024, 1, 1)) is not None  # noqa: DTZ001
-    assert time.process_time() - begin < 3.0
+    assert time.process_time() - begin < 0.5
 
 
 def test_ten_thousand_observances_cost_no_more_than_four_hundred() -> None:

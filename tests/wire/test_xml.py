@@ -158,7 +158,7 @@ def test_a_hostile_mebibyte_costs_little(body: bytes) -> None:
     began = time.process_time()
     with contextlib.suppress(BadRequest):
         xml.parse(body)
-    assert time.process_time() - began < 3.0
+    assert time.process_time() - began < 0.5
 
 
 @given(
