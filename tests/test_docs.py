@@ -136,7 +136,7 @@ def pins(name: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==([^ \\;]+)", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["base", "pg", "dev", "conformance", "build", "uv"])
+@pytest.mark.parametrize("name", ["base", "pg", "s3", "dev", "conformance", "moto", "build", "uv"])
 def test_every_pin_has_a_hash_and_no_list_names_an_address(name: str) -> None:
     text = (REPOSITORY / "requirements" / f"{name}.txt").read_text("utf-8")
     assert "://" not in text
@@ -145,16 +145,20 @@ def test_every_pin_has_a_hash_and_no_list_names_an_address(name: str) -> None:
     assert all("--hash=sha256:" in entry for entry in entries)
 
 
-def test_dev_holds_every_package_of_base_and_pg_in_the_same_version() -> None:
+def test_dev_holds_every_package_of_base_pg_and_s3_in_the_same_version() -> None:
     """`./run demo` after `./run test` installs nothing, because of this."""
-    assert pins("base").items() <= pins("pg").items() <= pins("dev").items()
+    for extra in ("pg", "s3"):
+        assert pins("base").items() <= pins(extra).items() <= pins("dev").items()
 
 
 def test_every_dependency_has_its_reason_in_the_notes() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
     notes = (REPOSITORY / "notes" / "dependencies.md").read_text("utf-8")
-    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["pg"]]
-    for group in project["dependency-groups"].values():
+    wanted = [*project["project"]["dependencies"]]
+    for group in [
+        *project["project"]["optional-dependencies"].values(),
+        *project["dependency-groups"].values(),
+    ]:
         wanted += group
     names = {re.match(r"[A-Za-z0-9-]+", requirement)[0] for requirement in wanted}  # type: ignore[index]
     assert {name for name in names if name not in notes} == set()

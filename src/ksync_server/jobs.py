@@ -130,6 +130,38 @@ def ensure(database: Database, work: Iterable[Periodic]) -> None:
             continue
 
 
+def enqueue(
+    tx: Write, kind: str, arguments: dict[str, object], *, key: str | None = None, run_at: int | None = None
+) -> int | None:
+    """Queue work in the transaction of its cause: it exists if and only if the change does.
+
+    Args:
+        kind: what a worker has a handler for.
+        arguments: small JSON, never a secret.
+        key: at most one job of this key is ever queued; None = any number.
+        run_at: Unix seconds before which it does not run; None = now.
+
+    Returns:
+        The job's id, None where one of that key is there.
+
+    Cost: one insert, and one indexed read with a key.
+    """
+    if key is not None and tx.one(_FIND, {"key_": key}) is not None:
+        return None
+    now = int(time.time())
+    row = {
+        "kind": kind,
+        "key": key,
+        "arguments": json.dumps(arguments, sort_keys=True),
+        "state": "ready",
+        "run_at": now if run_at is None else run_at,
+        "attempts": 0,
+        "created_at": now,
+    }
+    number: int = tx.execute(sa.insert(_job).returning(_job.c.id), row).scalar_one()
+    return number
+
+
 def claim(database: Database, lease_s: float) -> Claim | None:
     """Take the job that is due longest, or one whose worker died.
 

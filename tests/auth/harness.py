@@ -13,7 +13,7 @@ import msgspec
 import pyotp
 
 from ksync_server import settings
-from ksync_server.auth import accounts, keys, offers, secondfactor
+from ksync_server.auth import accounts, app_passwords, keys, offers, organizations, secondfactor
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.gate import (
     Credentials,
@@ -99,7 +99,7 @@ class Door:
     def app_password(self, account: Account, *scopes: str, name: str = "phone") -> tuple[int, str]:
         """A new application password: its id, and the secret as shown."""
         number, secret = self.write(
-            lambda tx: accounts.create_app_password(tx, self.keys, account, name, scopes or accounts.SCOPES)
+            lambda tx: app_passwords.create(tx, self.keys, account, name, scopes or app_passwords.SCOPES)
         )
         return number, secret.shown
 
@@ -115,11 +115,13 @@ class Door:
         """A new drive under an offer."""
 
         def create(tx: Write) -> int:
-            home = organization or accounts.create_organization(tx, "Example")
-            number = accounts.create_drive(tx, accounts.create_product(tx, home, offer), "Team files")
+            home = organization or organizations.create_organization(tx, "Example")
+            number = organizations.create_drive(
+                tx, organizations.create_product(tx, home, offer), "Team files"
+            )
             for member in members:
-                accounts.put_member(tx, home, member, "collaborator")
-                accounts.add_drive_member(tx, number, member)
+                organizations.put_member(tx, home, member, "collaborator")
+                organizations.add_drive_member(tx, number, member)
             return number
 
         return self.write(create)

@@ -8,7 +8,7 @@ import re
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, directory
+from ksync_server.auth import accounts, app_passwords, audit, directory, organizations
 from ksync_server.auth.accounts import Account
 from ksync_server.errors import BadRequest, ClientError, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
@@ -91,7 +91,7 @@ def test_a_name_that_cannot_be_shown_is_refused(sqlite_door: Door, name: str) ->
     account = sqlite_door.account()
     for make in (
         lambda: sqlite_door.account("bob", display_name=name),
-        lambda: sqlite_door.write(lambda tx: accounts.create_organization(tx, name)),
+        lambda: sqlite_door.write(lambda tx: organizations.create_organization(tx, name)),
         lambda: sqlite_door.app_password(account, name=name),
     ):
         with pytest.raises(BadRequest):
@@ -168,7 +168,7 @@ def test_a_state_is_one_of_those_known(sqlite_door: Door) -> None:
 def test_a_drive_has_its_roots_and_every_member_has_two(door: Door) -> None:
     alice, bob = door.account(), door.account("bob")
     drive_id = door.drive("kdrive-team", alice, bob)
-    door.write(lambda tx: accounts.add_drive_member(tx, drive_id, bob))
+    door.write(lambda tx: organizations.add_drive_member(tx, drive_id, bob))
     with door.database.read() as tx:
         nodes = {row.id: row for row in tx.execute(sa.select(t.node)).all()}
         drive = tx.execute(sa.select(t.drive)).one()
@@ -196,8 +196,10 @@ def test_a_drive_has_its_roots_and_every_member_has_two(door: Door) -> None:
 )
 def test_a_drives_name_is_a_folders_name(sqlite_door: Door, name: str) -> None:
     def create(tx: Write) -> None:
-        product_id = accounts.create_product(tx, accounts.create_organization(tx, "Example"), "kdrive-solo")
-        accounts.create_drive(tx, product_id, name, reserved=("Deleted items", "Common documents"))
+        product_id = organizations.create_product(
+            tx, organizations.create_organization(tx, "Example"), "kdrive-solo"
+        )
+        organizations.create_drive(tx, product_id, name, reserved=("Deleted items", "Common documents"))
 
     with pytest.raises(BadRequest):
         sqlite_door.write(create)
@@ -206,8 +208,10 @@ def test_a_drives_name_is_a_folders_name(sqlite_door: Door, name: str) -> None:
 
 def test_a_decomposed_drive_name_is_composed(sqlite_door: Door) -> None:
     def create(tx: Write) -> None:
-        product_id = accounts.create_product(tx, accounts.create_organization(tx, "Example"), "kdrive-solo")
-        accounts.create_drive(tx, product_id, "Cafe\u0301")
+        product_id = organizations.create_product(
+            tx, organizations.create_organization(tx, "Example"), "kdrive-solo"
+        )
+        organizations.create_drive(tx, product_id, "Cafe\u0301")
 
     sqlite_door.write(create)
     with sqlite_door.database.read() as tx:
@@ -221,18 +225,18 @@ def test_what_is_not_there_is_said(door: Door) -> None:
         organization_id = directory.organizations(tx)[0]["id"]
     before = actions(door)
     refused: list[tuple[type[ClientError], object]] = [
-        (NotFound, lambda tx: accounts.put_member(tx, 99, alice, "administrator")),
-        (BadRequest, lambda tx: accounts.put_member(tx, organization_id, alice, "boss")),
-        (NotFound, lambda tx: accounts.remove_member(tx, organization_id, bob)),
-        (NotFound, lambda tx: accounts.create_product(tx, 99, "kdrive-solo")),
-        (NotFound, lambda tx: accounts.set_offer(tx, 99, "kdrive-solo")),
-        (NotFound, lambda tx: accounts.create_drive(tx, 99, "Files")),
-        (NotFound, lambda tx: accounts.add_drive_member(tx, 99, alice)),
-        (Conflict, lambda tx: accounts.add_drive_member(tx, drive_id, bob)),
-        (NotFound, lambda tx: accounts.remove_drive_member(tx, drive_id, bob)),
-        (NotFound, lambda tx: accounts.revoke_app_passwords(tx, alice, 99)),
-        (BadRequest, lambda tx: accounts.create_app_password(tx, door.keys, alice, "phone", ())),
-        (BadRequest, lambda tx: accounts.create_app_password(tx, door.keys, alice, "phone", ("imap",))),
+        (NotFound, lambda tx: organizations.put_member(tx, 99, alice, "administrator")),
+        (BadRequest, lambda tx: organizations.put_member(tx, organization_id, alice, "boss")),
+        (NotFound, lambda tx: organizations.remove_member(tx, organization_id, bob)),
+        (NotFound, lambda tx: organizations.create_product(tx, 99, "kdrive-solo")),
+        (NotFound, lambda tx: organizations.set_offer(tx, 99, "kdrive-solo")),
+        (NotFound, lambda tx: organizations.create_drive(tx, 99, "Files")),
+        (NotFound, lambda tx: organizations.add_drive_member(tx, 99, alice)),
+        (Conflict, lambda tx: organizations.add_drive_member(tx, drive_id, bob)),
+        (NotFound, lambda tx: organizations.remove_drive_member(tx, drive_id, bob)),
+        (NotFound, lambda tx: app_passwords.revoke(tx, alice, 99)),
+        (BadRequest, lambda tx: app_passwords.create(tx, door.keys, alice, "phone", ())),
+        (BadRequest, lambda tx: app_passwords.create(tx, door.keys, alice, "phone", ("imap",))),
     ]
     for error, change in refused:
         with pytest.raises(error):
@@ -258,7 +262,7 @@ def test_limits_of_a_drive_have_limits(
 
     def change(tx: Write) -> None:
         ceiling = sqlite_door.settings.drive.chunked_ceiling_bytes
-        accounts.set_drive_limits(tx, drive_id, chunked_ceiling_bytes=ceiling, **limits)
+        organizations.set_drive_limits(tx, drive_id, chunked_ceiling_bytes=ceiling, **limits)
 
     if error is None:
         sqlite_door.write(change)
@@ -290,7 +294,7 @@ def test_one_or_all_are_revoked_and_only_once(door: Door) -> None:
     first, second, third = (door.app_password(person)[0] for person in (alice, alice, bob))
 
     def revoke(account: Account, number: int | None = None) -> int:
-        return door.write(lambda tx: accounts.revoke_app_passwords(tx, account, number))
+        return door.write(lambda tx: app_passwords.revoke(tx, account, number))
 
     with pytest.raises(NotFound):
         revoke(alice, third)
@@ -313,7 +317,7 @@ def test_the_audit_says_who_what_and_when_and_never_a_secret(door: Door) -> None
     totp = door.turn_on_second_factor(account)
     door.write(
         lambda tx: accounts.set_login_email(
-            tx, account, "a@example.org", actor=accounts.Actor("AB12345", "192.0.2.1")
+            tx, account, "a@example.org", actor=audit.Actor("AB12345", "192.0.2.1")
         )
     )
     with door.database.read() as tx:

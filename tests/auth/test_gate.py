@@ -12,7 +12,7 @@ import pyotp
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, directory, offers, passwords
+from ksync_server.auth import accounts, app_passwords, directory, offers, organizations, passwords
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.gate import VERBS, Credentials, DriveTarget, HomeTarget, Identity, Service
 from ksync_server.errors import (
@@ -73,7 +73,7 @@ def _person(door: Door, name: str, *, second_factor: bool, state: str, stranger:
     account = door.account(name)
     _, app = door.app_password(account)
     number, revoked = door.app_password(account)
-    door.write(lambda tx: accounts.revoke_app_passwords(tx, account, number))
+    door.write(lambda tx: app_passwords.revoke(tx, account, number))
     forged = app.replace("-", "")[:6] + passwords.new_app_password().secret[6:-3]
     forged += passwords._check_letters(forged)
     scoped = {scopes: door.app_password(account, *scopes)[1] for scopes in SCOPES}
@@ -285,9 +285,9 @@ def test_a_change_is_seen_by_the_next_request_of_every_process(door: Door, chang
         case "2FA on":
             door.turn_on_second_factor(account)
         case "revoked":
-            door.write(lambda tx: accounts.revoke_app_passwords(tx, account, number))
+            door.write(lambda tx: app_passwords.revoke(tx, account, number))
         case "all revoked":
-            assert door.write(lambda tx: accounts.revoke_app_passwords(tx, account)) == 1
+            assert door.write(lambda tx: app_passwords.revoke(tx, account)) == 1
         case _:
             door.write(lambda tx: accounts.set_login_email(tx, account, "alice@example.com"))
     for process in processes:
@@ -436,7 +436,7 @@ def test_an_application_password_opens_until_its_end_and_from_its_addresses(door
     end = int(time.time()) + 3600
     for addresses in (["192.0.2.7"], ["198.51.100.1", " 192.0.2.0/28 "], ["::/0", "0.0.0.0/0"]):
         _, secret = door.write(
-            lambda tx, some=addresses: accounts.create_app_password(  # type: ignore[misc]
+            lambda tx, some=addresses: app_passwords.create(  # type: ignore[misc]
                 tx, door.keys, account, "phone", expires_at=end, addresses=some
             )
         )
@@ -452,7 +452,7 @@ def test_an_application_password_that_could_never_open_anything_is_not_made(door
     for wrong in ({"expires_at": int(time.time())}, {"addresses": ["office"]}, {"addresses": [""]}):
         with pytest.raises(BadRequest):
             door.write(
-                lambda tx, wrong=wrong: accounts.create_app_password(tx, door.keys, account, "phone", **wrong)  # type: ignore[misc]
+                lambda tx, wrong=wrong: app_passwords.create(tx, door.keys, account, "phone", **wrong)  # type: ignore[misc]
             )
     with door.database.read() as tx:
         assert directory.app_passwords(tx, account) == []
@@ -479,16 +479,14 @@ def test_the_owner_and_the_log_are_told_why_a_right_secret_was_refused(
         door.turn_on_second_factor(account)
         secret = PASSWORD
     elif cause == "revoked":
-        door.write(lambda tx: accounts.revoke_app_passwords(tx, account))
+        door.write(lambda tx: app_passwords.revoke(tx, account))
     elif cause == "suspended":
         door.write(lambda tx: accounts.set_state(tx, account, "suspended"))
     elif cause == "expired":
         door.write(lambda tx: tx.execute(sa.update(t.app_password).values(expires_at=int(time.time()))))
     elif cause == "elsewhere":
         _, app = door.write(
-            lambda tx: accounts.create_app_password(
-                tx, door.keys, account, "office", addresses=["198.51.100.0/24"]
-            )
+            lambda tx: app_passwords.create(tx, door.keys, account, "office", addresses=["198.51.100.0/24"])
         )
         secret = app.shown
     else:
@@ -628,16 +626,16 @@ def test_it_takes_both_the_organization_and_the_drive_to_be_a_member(door: Door)
     with door.database.read() as tx:
         organization_id = directory.organizations(tx)[0]["id"]
     identity = door.log_in(alice.sync_id, PASSWORD)
-    door.write(lambda tx: accounts.put_member(tx, organization_id, alice, "administrator"))
+    door.write(lambda tx: organizations.put_member(tx, organization_id, alice, "administrator"))
     with pytest.raises(NotFound):
         door.enter(identity, drive_id)
-    door.write(lambda tx: accounts.add_drive_member(tx, drive_id, alice))
+    door.write(lambda tx: organizations.add_drive_member(tx, drive_id, alice))
     assert door.enter(identity, drive_id).account_id == alice.id
     assert (
         door.enter(identity, drive_id).root_id
         != door.enter(door.log_in(bob.sync_id, PASSWORD), drive_id).root_id
     )
-    door.write(lambda tx: accounts.remove_member(tx, organization_id, alice))
+    door.write(lambda tx: organizations.remove_member(tx, organization_id, alice))
     with pytest.raises(NotFound):
         door.enter(identity, drive_id)
 
@@ -671,21 +669,21 @@ def test_a_change_of_offer_or_membership_is_seen_by_the_next_request(door: Door)
         product_id = directory.drives(tx)[0]["product_id"]
         organization_id = directory.organizations(tx)[0]["id"]
     first = door.enter(identity, drive_id)
-    door.write(lambda tx: accounts.set_offer(tx, product_id, "my-ksuite"))
+    door.write(lambda tx: organizations.set_offer(tx, product_id, "my-ksuite"))
     with pytest.raises(Forbidden):
         door.enter(identity, drive_id)
-    door.write(lambda tx: accounts.set_offer(tx, product_id, "ksuite-pro"))
+    door.write(lambda tx: organizations.set_offer(tx, product_id, "ksuite-pro"))
     assert door.enter(identity, drive_id).offer == "ksuite-business"
-    door.write(lambda tx: accounts.remove_drive_member(tx, drive_id, alice))
+    door.write(lambda tx: organizations.remove_drive_member(tx, drive_id, alice))
     with pytest.raises(NotFound):
         door.enter(identity, drive_id)
-    door.write(lambda tx: accounts.add_drive_member(tx, drive_id, alice))
+    door.write(lambda tx: organizations.add_drive_member(tx, drive_id, alice))
     back = door.enter(identity, drive_id)
     assert (back.root_id, back.trash_id) == (first.root_id, first.trash_id)
-    door.write(lambda tx: accounts.remove_member(tx, organization_id, alice))
+    door.write(lambda tx: organizations.remove_member(tx, organization_id, alice))
     with pytest.raises(NotFound):
         door.enter(identity, drive_id)
-    door.write(lambda tx: accounts.put_member(tx, organization_id, alice, "external"))
+    door.write(lambda tx: organizations.put_member(tx, organization_id, alice, "external"))
     assert replace(door.enter(identity, drive_id), offer=first.offer, quota_bytes=first.quota_bytes) == first
 
 
@@ -701,7 +699,7 @@ def test_limits_are_the_drives_or_the_settings_or_the_offers(door: Door) -> None
     )
     assert (plain.quota_bytes, plain.used_bytes) == (2_000_000_000_000, 0)
     door.write(
-        lambda tx: accounts.set_drive_limits(
+        lambda tx: organizations.set_drive_limits(
             tx,
             drive_id,
             max_file_bytes=64,
@@ -720,10 +718,10 @@ def test_drives_of_one_product_share_the_offers_storage(door: Door) -> None:
 
     def sister(tx: Write) -> int:
         product_id = directory.drives(tx)[0]["product_id"]
-        return accounts.create_drive(tx, product_id, "Second")
+        return organizations.create_drive(tx, product_id, "Second")
 
     second = door.write(sister)
-    door.write(lambda tx: accounts.add_drive_member(tx, second, alice))
+    door.write(lambda tx: organizations.add_drive_member(tx, second, alice))
     door.write(lambda tx: tx.execute(sa.update(t.drive).where(t.drive.c.id == second).values(used_bytes=500)))
     identity = door.log_in(alice.sync_id, PASSWORD)
     grants = [door.enter(identity, each) for each in (first, second)]

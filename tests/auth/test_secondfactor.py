@@ -6,7 +6,7 @@ import pyotp
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, directory, keys, secondfactor
+from ksync_server.auth import accounts, directory, keys, organizations, secondfactor
 from ksync_server.auth.accounts import Account
 from ksync_server.errors import BadRequest, ConfigError, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
@@ -210,8 +210,8 @@ def test_the_last_factor_stays_while_an_organization_requires_one(door: Door) ->
     door.turn_on_second_factor(account)
 
     def join(tx: Write) -> None:
-        number = accounts.create_organization(tx, "Example")
-        accounts.put_member(tx, number, account, "collaborator")
+        number = organizations.create_organization(tx, "Example")
+        organizations.put_member(tx, number, account, "collaborator")
         tx.execute(sa.update(t.organization).values(requires_second_factor=True))
 
     door.write(join)

@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 
 from ksync_server import settings
 from ksync_server.auth.gate import Credentials, DriveTarget, Gate, Service
-from ksync_server.cli import accounts as commands
+from ksync_server.cli import accounts as account_commands
+from ksync_server.cli import organizations as organization_commands
 from ksync_server.cli.context import Context, Main
 from ksync_server.errors import Forbidden, NotAuthenticated
 from ksync_server.http import Peer
@@ -39,7 +40,8 @@ class Shell:
     def run(self, *words: str, given: str = "", code: int = 0) -> Result:
         """Run a command; `given` is its standard input."""
         group = Main("ksync-server")
-        commands.register(group)
+        for each in (account_commands, organization_commands):
+            each.register(group)
         result = CliRunner().invoke(group, words, input=given, obj=Context(self.config))
         assert result.exit_code == code, (words, result.output)
         return result
@@ -309,7 +311,8 @@ def _leaves(
 
 def _registered() -> list[tuple[tuple[str, ...], click.Command]]:
     group = Main("ksync-server")
-    commands.register(group)
+    account_commands.register(group)
+    organization_commands.register(group)
     return list(_leaves(group))
 
 

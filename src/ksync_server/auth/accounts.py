@@ -1,4 +1,4 @@
-"""Accounts, organizations, products, drives, application passwords: every change of them, with its audit.
+"""Accounts: every change of them, with its audit.
 
 Functions take a transaction and raise `BadRequest`, `Conflict` or `NotFound` with nothing changed. Each
 change that decides who gets in raises the account's `auth_epoch` in the same transaction, so that the next
@@ -7,27 +7,24 @@ request in any process sees it (APP5).
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import time
 import unicodedata
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from ksync_server.auth.keys import Keys
-from ksync_server.auth.passwords import AccountPasswords, AppPassword, networks, new_app_password
+from ksync_server.auth import audit
+from ksync_server.auth.audit import OPERATOR, Actor
+from ksync_server.auth.passwords import AccountPasswords
 from ksync_server.errors import BadRequest, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Write
 from ksync_server.wire import xml
 
 SYNC_ID = re.compile(r"[A-Z]{2}[0-9]{5}")
-ROLES = ("legal_representative", "administrator", "collaborator", "external")
-SCOPES = ("caldav", "carddav", "drive")
 STATES = ("active", "suspended")
 _EMAIL = re.compile(r"[^@\s\x00-\x1f:]{1,200}@[^@\s\x00-\x1f:]{1,253}")
 _MOBILE = re.compile(r"\+[1-9][0-9]{6,14}")  # ITU-T E.164
@@ -35,18 +32,6 @@ _BETWEEN_DIGITS = re.compile(r"[\s()./-]")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NAME_CHARACTERS = 200
 _LONGEST_LOGIN = 500  # characters
-_FOLDER_NAME_BYTES = 255
-
-
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Who makes a change, for the audit."""
-
-    name: str = "operator"  # or a sync id
-    address: str = ""
-
-
-OPERATOR = Actor()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +51,6 @@ class Account:
 def fold(name: str) -> str:
     """A log-in name as names are compared (ACC3)."""
     return unicodedata.normalize("NFC", name.strip().casefold())
-
-
-def audit(
-    tx: Write, actor: Actor, action: str, subject: str, detail: dict[str, object] | None = None
-) -> None:
-    """Write the audit row of a change (ACC6); `detail` never holds a secret."""
-    row = {
-        "at": int(time.time()),
-        "actor": actor.name,
-        "address": actor.address,
-        "action": action,
-        "subject": subject,
-        "detail": json.dumps(detail or {}, sort_keys=True),
-    }
-    tx.execute(sa.insert(t.audit), row)
 
 
 # -- accounts -------------------------------------------------------------------------------------
@@ -236,7 +206,7 @@ def create_account(
         raise Conflict(f"{email} or {number} belongs to another account.") from None
     create_collection(tx, account_id, "calendar", "default", "Calendar")
     create_collection(tx, account_id, "addressbook", "default", "Contacts")
-    audit(tx, actor, "account.create", number, {"login_email": email})
+    audit.record(tx, actor, "account.create", number, {"login_email": email})
     return by_id(tx, account_id)
 
 
@@ -307,7 +277,7 @@ def set_password_hash(
     """
     _update(tx, account.id, password_hash=password_hash)
     raise_epoch(tx, account.id)
-    audit(tx, actor, "account.password", account.sync_id)
+    audit.record(tx, actor, "account.password", account.sync_id)
 
 
 def set_login_email(
@@ -325,7 +295,7 @@ def set_login_email(
         raise Conflict(f"{text} belongs to another account.")
     _update(tx, account.id, login_email=text, login_key=fold(text))
     raise_epoch(tx, account.id)
-    audit(tx, actor, "account.login-email", account.sync_id, {"from": account.login_email, "to": text})
+    audit.record(tx, actor, "account.login-email", account.sync_id, {"from": account.login_email, "to": text})
 
 
 def set_recovery(
@@ -355,7 +325,7 @@ def set_recovery(
         changed["recovery_mobile"] = digits or None
     if changed:
         _update(tx, account.id, **changed)
-        audit(tx, actor, "account.recovery", account.sync_id, {"changed": sorted(changed)})
+        audit.record(tx, actor, "account.recovery", account.sync_id, {"changed": sorted(changed)})
 
 
 def set_state(tx: Write, account: Account, state: str, actor: Actor = OPERATOR) -> None:
@@ -368,307 +338,8 @@ def set_state(tx: Write, account: Account, state: str, actor: Actor = OPERATOR) 
         raise BadRequest(f"A state is one of {', '.join(STATES)}.")
     _update(tx, account.id, state=state)
     raise_epoch(tx, account.id)
-    audit(tx, actor, f"account.{state}", account.sync_id)
+    audit.record(tx, actor, f"account.{state}", account.sync_id)
 
 
 def _update(tx: Write, account_id: int, **values: object) -> None:
     tx.execute(sa.update(t.account).where(t.account.c.id == account_id).values(**values))
-
-
-# -- organizations and products -------------------------------------------------------------------
-
-
-def create_organization(tx: Write, name: str, actor: Actor = OPERATOR) -> int:
-    """A new organization; returns its id.
-
-    Raises:
-        BadRequest: a malformed name.
-    """
-    row = {
-        "name": checked_name(name, "organization"),
-        "requires_second_factor": False,
-        "created_at": int(time.time()),
-    }
-    number: int = tx.execute(sa.insert(t.organization).returning(t.organization.c.id), row).scalar_one()
-    audit(tx, actor, "org.create", str(number), {"name": row["name"]})
-    return number
-
-
-def put_member(tx: Write, organization_id: int, account: Account, role: str, actor: Actor = OPERATOR) -> None:
-    """Add an account to an organization or change its role (ACC2).
-
-    Raises:
-        BadRequest: no such role.
-        NotFound: no such organization.
-    """
-    if role not in ROLES:
-        raise BadRequest(f"A role is one of {', '.join(ROLES)}.")
-    _require(tx, t.organization, organization_id, "organization")
-    where = (t.member.c.organization_id == organization_id) & (t.member.c.account_id == account.id)
-    if tx.execute(sa.update(t.member).where(where).values(role=role)).rowcount == 0:
-        row = {"organization_id": organization_id, "account_id": account.id, "role": role}
-        tx.execute(sa.insert(t.member), row)
-    audit(tx, actor, "org.member", str(organization_id), {"account": account.sync_id, "role": role})
-
-
-def remove_member(tx: Write, organization_id: int, account: Account, actor: Actor = OPERATOR) -> None:
-    """Take an account out of an organization: its drives refuse it from the next request on, its files stay.
-
-    Raises:
-        NotFound: it is no member.
-    """
-    where = (t.member.c.organization_id == organization_id) & (t.member.c.account_id == account.id)
-    if tx.execute(sa.delete(t.member).where(where)).rowcount == 0:
-        raise NotFound(f"{account.sync_id} is not a member of organization {organization_id}.")
-    audit(tx, actor, "org.member-removed", str(organization_id), {"account": account.sync_id})
-
-
-def _require(tx: Read, table: sa.Table, number: int, what: str) -> None:
-    if tx.execute(sa.select(table.c.id).where(table.c.id == number)).first() is None:
-        raise NotFound(f"There is no {what} {number}.")
-
-
-def create_product(tx: Write, organization_id: int, offer: str, actor: Actor = OPERATOR) -> int:
-    """A product of an organization under an offer; returns its id. The caller checked the offer's name.
-
-    Raises:
-        NotFound: no such organization.
-    """
-    _require(tx, t.organization, organization_id, "organization")
-    row = {"organization_id": organization_id, "offer": offer, "created_at": int(time.time())}
-    number: int = tx.execute(sa.insert(t.product).returning(t.product.c.id), row).scalar_one()
-    audit(tx, actor, "product.create", str(number), {"offer": offer, "organization": organization_id})
-    return number
-
-
-def set_offer(tx: Write, product_id: int, offer: str, actor: Actor = OPERATOR) -> None:
-    """Move a product to another offer; the next request sees it (OFF2).
-
-    Raises:
-        NotFound: no such product.
-    """
-    update = sa.update(t.product).where(t.product.c.id == product_id).values(offer=offer)
-    if tx.execute(update).rowcount == 0:
-        raise NotFound(f"There is no product {product_id}.")
-    audit(tx, actor, "product.offer", str(product_id), {"offer": offer})
-
-
-# -- drives ---------------------------------------------------------------------------------------
-
-
-_DRIVE_OF_MEMBER = (
-    sa.select(t.member.c.role)
-    .join(t.product, t.product.c.organization_id == t.member.c.organization_id)
-    .join(t.drive, t.drive.c.product_id == t.product.c.id)
-    .where(t.drive.c.id == sa.bindparam("drive_id"), t.member.c.account_id == sa.bindparam("account_id"))
-)
-
-
-def _root_node(tx: Write, drive_id: int, name: str, now: int) -> int:
-    row = {
-        "drive_id": drive_id,
-        "parent_id": None,
-        "name": name,
-        "folder": True,
-        "seq": 1,
-        "size": 0,
-        "mtime_ms": now * 1000,
-        "created_at": now,
-        "entries": 0,
-    }
-    number: int = tx.execute(sa.insert(t.node).returning(t.node.c.id), row).scalar_one()
-    return number
-
-
-def create_drive(
-    tx: Write, product_id: int, name: str, *, reserved: Iterable[str] = (), actor: Actor = OPERATOR
-) -> int:
-    """An empty drive; returns its id, the number in its host name.
-
-    Args:
-        name: what its folder is called.
-        reserved: names of the other two folders that members see beside or in it.
-
-    Raises:
-        BadRequest: a name that cannot be a folder's.
-        NotFound: no such product.
-    """
-    shown = unicodedata.normalize("NFC", checked_name(name, "drive name"))
-    if "/" in shown or shown in (".", "..") or len(shown.encode("utf-8")) > _FOLDER_NAME_BYTES:
-        raise BadRequest(f"A drive's name is a folder's name: no slash, {_FOLDER_NAME_BYTES} bytes at most.")
-    if fold(shown) in {fold(each) for each in reserved}:
-        raise BadRequest(f"{shown} is the name of a folder that every drive has.")
-    _require(tx, t.product, product_id, "product")
-    now = int(time.time())
-    collection = {"kind": "drive", "account_id": None, "name": str(uuid.uuid4()), "seq": 1, "created_at": now}
-    collection_id = tx.execute(sa.insert(t.collection).returning(t.collection.c.id), collection).scalar_one()
-    row = {
-        "product_id": product_id,
-        "collection_id": collection_id,
-        "name": shown,
-        "common_id": 0,
-        "created_at": now,
-        "used_bytes": 0,
-        "files": 0,
-    }
-    number: int = tx.execute(sa.insert(t.drive).returning(t.drive.c.id), row).scalar_one()
-    common = _root_node(tx, number, "common", now)
-    tx.execute(sa.update(t.drive).where(t.drive.c.id == number).values(common_id=common))
-    tx.execute(sa.update(t.collection).where(t.collection.c.id == collection_id).values(name=str(number)))
-    audit(tx, actor, "drive.create", str(number), {"name": shown, "product": product_id})
-    return number
-
-
-def add_drive_member(tx: Write, drive_id: int, account: Account, actor: Actor = OPERATOR) -> None:
-    """Give an account a private root and deleted items in a drive; nothing happens when it has them.
-
-    A former member finds its files again.
-
-    Raises:
-        Conflict: the account is not in the drive's organization.
-        NotFound: no such drive.
-    """
-    _require(tx, t.drive, drive_id, "drive")
-    where = (t.drive_member.c.drive_id == drive_id) & (t.drive_member.c.account_id == account.id)
-    if tx.execute(sa.select(t.drive_member.c.root_id).where(where)).first() is not None:
-        return
-    if tx.one(_DRIVE_OF_MEMBER, {"drive_id": drive_id, "account_id": account.id}) is None:
-        raise Conflict(f"{account.sync_id} is not a member of the organization of drive {drive_id}.")
-    row = {
-        "drive_id": drive_id,
-        "account_id": account.id,
-        "root_id": _kept_root(tx, drive_id, f"root {account.sync_id}"),
-        "trash_id": _kept_root(tx, drive_id, f"trash {account.sync_id}"),
-    }
-    tx.execute(sa.insert(t.drive_member), row)
-    audit(tx, actor, "drive.member", str(drive_id), {"account": account.sync_id})
-
-
-def _kept_root(tx: Write, drive_id: int, name: str) -> int:
-    """The root of that name, made where there is none: a member who comes back keeps what it had."""
-    c = t.node.c
-    where = (c.drive_id == drive_id) & c.parent_id.is_(None) & (c.name == name)
-    number: int | None = tx.execute(sa.select(c.id).where(where)).scalar()
-    return _root_node(tx, drive_id, name, int(time.time())) if number is None else number
-
-
-def remove_drive_member(tx: Write, drive_id: int, account: Account, actor: Actor = OPERATOR) -> None:
-    """Close a drive to an account from the next request on; its private files stay in the drive.
-
-    Raises:
-        NotFound: it is no member.
-    """
-    where = (t.drive_member.c.drive_id == drive_id) & (t.drive_member.c.account_id == account.id)
-    if tx.execute(sa.delete(t.drive_member).where(where)).rowcount == 0:
-        raise NotFound(f"{account.sync_id} is not a member of drive {drive_id}.")
-    audit(tx, actor, "drive.member-removed", str(drive_id), {"account": account.sync_id})
-
-
-def set_drive_limits(
-    tx: Write,
-    drive_id: int,
-    *,
-    max_file_bytes: int | None = None,
-    max_chunked_bytes: int | None = None,
-    quota_bytes: int | None = None,
-    chunked_ceiling_bytes: int,
-    actor: Actor = OPERATOR,
-) -> None:
-    """Change a drive's own limits; None leaves one as it is (DRV3).
-
-    Raises:
-        BadRequest: below zero, or over the ceiling for uploads without a length.
-        NotFound: no such drive.
-    """
-    values = {
-        "max_file_bytes": max_file_bytes,
-        "max_chunked_bytes": max_chunked_bytes,
-        "quota_bytes": quota_bytes,
-    }
-    given = {name: value for name, value in values.items() if value is not None}
-    if any(value < 0 for value in given.values()):
-        raise BadRequest("A limit is not negative.")
-    if max_chunked_bytes is not None and max_chunked_bytes > chunked_ceiling_bytes:
-        raise BadRequest(f"Uploads without a length end at {chunked_ceiling_bytes} bytes.")
-    _require(tx, t.drive, drive_id, "drive")
-    if given:
-        tx.execute(sa.update(t.drive).where(t.drive.c.id == drive_id).values(**given))
-        audit(tx, actor, "drive.limits", str(drive_id), dict(given))
-
-
-# -- application passwords ------------------------------------------------------------------------
-
-
-def create_app_password(
-    tx: Write,
-    keys: Keys,
-    account: Account,
-    name: str,
-    scopes: Iterable[str] = SCOPES,
-    actor: Actor = OPERATOR,
-    *,
-    expires_at: int | None = None,
-    addresses: Iterable[str] = (),
-) -> tuple[int, AppPassword]:
-    """A new application password: its row id and the secret, which is shown now and never again (APP2).
-
-    Args:
-        name: what it is for.
-        scopes: one or more of `SCOPES`.
-        expires_at: Unix seconds from which on it is refused; None = never.
-        addresses: addresses or networks it works from; none = everywhere.
-
-    Raises:
-        BadRequest: a malformed name, no or unknown scopes, an end that has passed, or no network. Nothing was
-            changed.
-    """
-    wanted = sorted(set(scopes))
-    if not wanted or not set(wanted) <= set(SCOPES):
-        raise BadRequest(f"Scopes are one or more of {', '.join(SCOPES)}.")
-    if expires_at is not None and expires_at <= time.time():
-        raise BadRequest("An application password cannot end in the past.")
-    secret = new_app_password()
-    while tx.execute(sa.select(t.app_password.c.id).where(t.app_password.c.lookup == secret.lookup)).first():
-        secret = new_app_password()
-    key_id, digest = keys.digest(secret.secret.encode("ascii"))
-    row = {
-        "lookup": secret.lookup,
-        "account_id": account.id,
-        "name": checked_name(name, "name of the application password"),
-        "scopes": " ".join(wanted),
-        "digest": digest,
-        "key_id": key_id,
-        "created_at": int(time.time()),
-        "expires_at": expires_at,
-        "addresses": networks(addresses),
-    }
-    number = tx.execute(sa.insert(t.app_password).returning(t.app_password.c.id), row).scalar_one()
-    audit(
-        tx,
-        actor,
-        "app-password.create",
-        account.sync_id,
-        {name: row[name] for name in ("name", "scopes", "expires_at", "addresses")} | {"id": number},
-    )
-    return number, secret
-
-
-def revoke_app_passwords(
-    tx: Write, account: Account, number: int | None = None, actor: Actor = OPERATOR
-) -> int:
-    """Revoke one application password, or all of them; returns how many.
-
-    Raises:
-        NotFound: the one asked for is not there or revoked already.
-    """
-    c = t.app_password.c
-    where = (c.account_id == account.id) & c.revoked_at.is_(None)
-    if number is not None:
-        where &= c.id == number
-    count: int = tx.execute(
-        sa.update(t.app_password).where(where).values(revoked_at=int(time.time()))
-    ).rowcount
-    if number is not None and count == 0:
-        raise NotFound(f"{account.sync_id} has no application password {number}.")
-    audit(tx, actor, "app-password.revoke", account.sync_id, {"id": number, "count": count})
-    return count

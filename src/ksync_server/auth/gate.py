@@ -19,7 +19,7 @@ from typing import Any, overload
 import sqlalchemy as sa
 
 from ksync_server import settings as configuration
-from ksync_server.auth import accounts, passwords
+from ksync_server.auth import accounts, app_passwords, audit, passwords
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.keys import Keys
 from ksync_server.auth.offers import Offer, Offers
@@ -334,7 +334,7 @@ class Gate:
             account.sync_id,
             account.login_email,
             account.display_name,
-            frozenset(accounts.SCOPES),
+            frozenset(app_passwords.SCOPES),
             None,
         )
 
@@ -507,13 +507,13 @@ class _Notes:
         """Leave a row in the audit, at most one per account and reason and hour."""
         if not self._is_due(reason, sync_id, _TELL_EVERY_S):
             return
-        actor = accounts.Actor(sync_id, peer.address)
+        actor = audit.Actor(sync_id, peer.address)
         detail: dict[str, object] = {
             "reason": reason,
             "service": str(service),
             "client": peer.user_agent[:200],
         }
-        self.later(lambda tx: accounts.audit(tx, actor, "log-in.refused", sync_id, detail))
+        self.later(lambda tx: audit.record(tx, actor, "log-in.refused", sync_id, detail))
 
     def _is_due(self, what: str, whose: object, every_s: float) -> bool:
         key, now = (what, whose), time.monotonic()

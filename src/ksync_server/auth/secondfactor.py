@@ -15,8 +15,9 @@ import pyotp
 import segno
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts
-from ksync_server.auth.accounts import Account, Actor
+from ksync_server.auth import accounts, audit
+from ksync_server.auth.accounts import Account
+from ksync_server.auth.audit import OPERATOR, Actor
 from ksync_server.auth.keys import Keys
 from ksync_server.errors import BadRequest, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
@@ -86,7 +87,7 @@ def confirm(
     *,
     window_steps: int,
     now: float | None = None,
-    actor: Actor = accounts.OPERATOR,
+    actor: Actor = OPERATOR,
 ) -> tuple[str, ...]:
     """Activate the factor that waits for its first code.
 
@@ -112,7 +113,7 @@ def confirm(
         .values(confirmed_at=int(at), last_step=step)
     )
     _switch(tx, account, on=True)
-    accounts.audit(tx, actor, "second-factor.confirm", account.sync_id, {"id": row.id})
+    audit.record(tx, actor, "second-factor.confirm", account.sync_id, {"id": row.id})
     return new_recovery_codes(tx, keys, account, actor) if first else ()
 
 
@@ -158,9 +159,7 @@ def _step_of(secret: str, code: str, at: float, window: int, *, after: int) -> i
     return None
 
 
-def new_recovery_codes(
-    tx: Write, keys: Keys, account: Account, actor: Actor = accounts.OPERATOR
-) -> tuple[str, ...]:
+def new_recovery_codes(tx: Write, keys: Keys, account: Account, actor: Actor = OPERATOR) -> tuple[str, ...]:
     """Exactly ten new single-use codes, shown once; every older one is void (TFA6)."""
     tx.execute(sa.delete(t.recovery_code).where(t.recovery_code.c.account_id == account.id))
     shown = []
@@ -170,13 +169,11 @@ def new_recovery_codes(
         row = {"account_id": account.id, "digest": digest, "key_id": key_id, "used_at": None}
         tx.execute(sa.insert(t.recovery_code), row)
         shown.append(f"{code[:4]}-{code[4:9]}-{code[9:]}")
-    accounts.audit(tx, actor, "second-factor.recovery-codes", account.sync_id)
+    audit.record(tx, actor, "second-factor.recovery-codes", account.sync_id)
     return tuple(shown)
 
 
-def renew_recovery_codes(
-    tx: Write, keys: Keys, account: Account, actor: Actor = accounts.OPERATOR
-) -> tuple[str, ...]:
+def renew_recovery_codes(tx: Write, keys: Keys, account: Account, actor: Actor = OPERATOR) -> tuple[str, ...]:
     """`new_recovery_codes` for an account whose second factor is on.
 
     Raises:
@@ -187,9 +184,7 @@ def renew_recovery_codes(
     return new_recovery_codes(tx, keys, account, actor)
 
 
-def use_recovery_code(
-    tx: Write, keys: Keys, account: Account, code: str, actor: Actor = accounts.OPERATOR
-) -> bool:
+def use_recovery_code(tx: Write, keys: Keys, account: Account, code: str, actor: Actor = OPERATOR) -> bool:
     """Whether the code is right; it never is again."""
     typed = re.sub(r"[\s-]", "", code.lower()).translate(str.maketrans("oil", "011"))
     c = t.recovery_code.c
@@ -199,7 +194,7 @@ def use_recovery_code(
         if secrets.compare_digest(wanted, bytes(row.digest)):
             update = sa.update(t.recovery_code).where(c.id == row.id, c.used_at.is_(None))
             if tx.execute(update.values(used_at=int(time.time()))).rowcount == 1:
-                accounts.audit(tx, actor, "second-factor.recovery-code-used", account.sync_id)
+                audit.record(tx, actor, "second-factor.recovery-code-used", account.sync_id)
                 return True
     return False
 
@@ -209,7 +204,7 @@ def _code_bytes(account: Account, code: str) -> bytes:
 
 
 def remove(
-    tx: Write, account: Account, factor_id: int | None, *, reason: str, actor: Actor = accounts.OPERATOR
+    tx: Write, account: Account, factor_id: int | None, *, reason: str, actor: Actor = OPERATOR
 ) -> None:
     """An operator's removal of one factor, or of all: never silent (TFA9).
 
@@ -235,7 +230,7 @@ def remove(
             )
         tx.execute(sa.delete(t.recovery_code).where(t.recovery_code.c.account_id == account.id))
     _switch(tx, account, on=still)
-    accounts.audit(
+    audit.record(
         tx, actor, "second-factor.remove", account.sync_id, {"id": factor_id, "reason": reason.strip()}
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from ksync_server import settings as configuration
-from ksync_server.cli import accounts
+from ksync_server.cli import accounts, organizations
 from ksync_server.cli import demo as demonstration
 from ksync_server.cli.context import Context, Main, shared_metrics
 from ksync_server.errors import ConfigError
@@ -136,3 +136,4 @@ def migrate(context: Context, config: Path | None, overrides: tuple[str, ...], a
 
 main.add_command(demonstration.demo)
 accounts.register(main)
+organizations.register(main)

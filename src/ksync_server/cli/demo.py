@@ -191,7 +191,7 @@ def _services(settings: Settings) -> Iterator[Services]:
 
 
 def _create(services: Services) -> list[dict[str, Any]]:
-    from ksync_server.auth import accounts, secondfactor
+    from ksync_server.auth import accounts, app_passwords, organizations, secondfactor
     from ksync_server.store.database import Write
 
     hosts = services.settings.hosts.log_in
@@ -201,7 +201,7 @@ def _create(services: Services) -> list[dict[str, Any]]:
     def create(tx: Write) -> list[dict[str, Any]]:
         if accounts.find(tx, _login(PEOPLE[0]), hosts) is not None:
             raise ConfigError("The database has the demo's people, but demo.json with their secrets is gone.")
-        organizations: dict[str, tuple[int, int]] = {}
+        made_already: dict[str, tuple[int, int]] = {}
         made = []
         for person in PEOPLE:
             account = accounts.create_account(
@@ -211,14 +211,14 @@ def _create(services: Services) -> list[dict[str, Any]]:
                 password_hash=hashes[person.name],
                 sync_hosts=hosts,
             )
-            organization_id, drive_id = organizations.get(person.organization) or _organization(tx, person)
-            organizations[person.organization] = organization_id, drive_id
-            accounts.put_member(tx, organization_id, account, person.role)
-            accounts.add_drive_member(tx, drive_id, account)
+            organization_id, drive_id = made_already.get(person.organization) or _organization(tx, person)
+            made_already[person.organization] = organization_id, drive_id
+            organizations.put_member(tx, organization_id, account, person.role)
+            organizations.add_drive_member(tx, drive_id, account)
             totp = application_password = None
             if person.second_factor:
                 totp = _enrol(tx, account)
-                _, secret = accounts.create_app_password(tx, services.keys, account, "Demo")
+                _, secret = app_passwords.create(tx, services.keys, account, "Demo")
                 application_password = secret.shown
             made.append(
                 {
@@ -238,12 +238,12 @@ def _create(services: Services) -> list[dict[str, Any]]:
 
     def _organization(tx: Write, person: Person) -> tuple[int, int]:
         limits = services.settings.drive
-        organization_id = accounts.create_organization(tx, person.organization)
-        product_id = accounts.create_product(tx, organization_id, person.offer)
-        drive_id = accounts.create_drive(
+        organization_id = organizations.create_organization(tx, person.organization)
+        product_id = organizations.create_product(tx, organization_id, person.offer)
+        drive_id = organizations.create_drive(
             tx, product_id, person.drive, reserved=(limits.trash_name, limits.common_name)
         )
-        accounts.set_drive_limits(
+        organizations.set_drive_limits(
             tx,
             drive_id,
             max_file_bytes=person.max_file_bytes,

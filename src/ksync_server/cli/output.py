@@ -8,9 +8,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
+
+from ksync_server.auth import accounts
+from ksync_server.auth.accounts import Account
+from ksync_server.store.database import Read, Write
+
+if TYPE_CHECKING:
+    from ksync_server.app import Services
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,29 @@ def command(group: click.Group, name: str) -> Callable[[Callable[..., Answer]], 
         return group.command(name)(option(run))
 
     return decorate
+
+
+def change_account(services: Services, name: str, fn: Callable[[Write, Account], T]) -> T:
+    """Run a change of one account, named in any of its ways, in a transaction.
+
+    Raises:
+        NotFound: no such account, and what `fn` raises; nothing was changed.
+    """
+
+    def run(tx: Write) -> T:
+        return fn(tx, accounts.get(tx, name, services.settings.hosts.log_in))
+
+    return services.database.write(run)
+
+
+def see_account(services: Services, name: str, fn: Callable[[Read, Account], T]) -> T:
+    """Read something of one account, named in any of its ways.
+
+    Raises:
+        NotFound: no such account.
+    """
+    with services.database.read() as tx:
+        return fn(tx, accounts.get(tx, name, services.settings.hosts.log_in))
 
 
 def read_secret(file: TextIO, what: str) -> str:

@@ -64,6 +64,8 @@ account = _table(
     sa.Column("second_factor", sa.Boolean, nullable=False, default=False),  # one is active: 2FA is on
     sa.Column("recovery_email", sa.Text),
     sa.Column("recovery_mobile", sa.Text),
+    sa.Column("login_lost_at", Time),  # the login address is gone, the next web log-in gives another (ACC5)
+    sa.Column("purge_at", Time),  # state deleted: rows and bytes go then; until then it can be taken back
     sa.Column("created_at", Time, nullable=False),
 )
 
@@ -107,6 +109,9 @@ app_password = _table(
     _ref("account_id", "account.id"),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("scopes", sa.Text, nullable=False),  # sorted, space separated: caldav carddav drive
+    sa.Column("read_only", sa.Boolean, nullable=False, default=False),
+    _ref("drive_id", "drive.id", nullable=True),  # opens this drive alone; NULL = every one
+    _ref("folder_id", "node.id", nullable=True),  # and in it this folder alone; gone with the folder
     sa.Column("digest", sa.LargeBinary, nullable=False),  # HMAC-SHA256 under the pepper `key_id`
     sa.Column("key_id", sa.Text, nullable=False),
     sa.Column("created_at", Time, nullable=False),
@@ -125,8 +130,24 @@ product = _table(
     sa.Column("id", Id, primary_key=True),
     _ref("organization_id", "organization.id"),
     sa.Column("offer", sa.Text, nullable=False),  # id or alias of config/offers.toml; unknown fails closed
+    sa.Column("seats", sa.Integer, nullable=False, default=1),  # paid for; a kSuite's only grow (OFF4)
+    sa.Column("storage_bytes", sa.BigInteger),  # NULL = the offer's
+    sa.Column("paid", sa.Boolean, nullable=False, default=True),
+    sa.Column("trial_until", Time),  # NULL = no trial
     sa.Column("created_at", Time, nullable=False),
     sa.Index(None, "organization_id"),
+)
+
+# Failed log-ins of one account and network, one account, or one network (APP8); see `auth.throttle`.
+throttle = _table(
+    "throttle",
+    sa.Column("key", sa.Text, primary_key=True),  # kind, account name's hash, network
+    sa.Column("failures", sa.Integer, nullable=False),  # distinct wrong secrets since `since`
+    sa.Column("since", Time, nullable=False),
+    sa.Column("strikes", sa.Integer, nullable=False, default=0),  # how often it was blocked lately
+    sa.Column("blocked_until", Time, nullable=False, default=0),
+    sa.Column("seen", sa.LargeBinary, nullable=False, default=b""),  # keyed hashes of the wrong secrets
+    sa.Index(None, "since"),
 )
 
 audit = _table(
@@ -223,6 +244,9 @@ blob = _table(
     sa.Column("md5", sa.LargeBinary, nullable=False),
     sa.Column("refs", sa.BigInteger, nullable=False),  # objects and nodes that hold it; 0 = deleted at once
     sa.Column("content", sa.LargeBinary),  # small content; NULL = in extents
+    sa.Column("scrubbed_at", Time),  # when its bytes were last read and compared with sha256
+    sa.Column("damaged_at", Time),  # when they were first found wrong or missing; NULL = sound
+    sa.Index(None, "scrubbed_at"),
 )
 
 extent = _table(
@@ -334,13 +358,23 @@ job = _table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("key", sa.Text, unique=True),  # idempotent enqueue; NULL = any number
     sa.Column("arguments", sa.Text, nullable=False, default="{}"),
-    sa.Column("state", sa.Text, nullable=False, default="ready"),  # ready, running, done, failed
+    sa.Column("state", sa.Text, nullable=False, default="ready"),  # ready, running, done, failed, cancelled
     sa.Column("run_at", Time, nullable=False),
     sa.Column("every_s", sa.Integer),  # NULL = once
     sa.Column("lease_until", Time),
     sa.Column("fence", sa.Text),  # random per claim: a stale worker's writes miss
     sa.Column("attempts", sa.Integer, nullable=False, default=0),
-    sa.Column("checkpoint", sa.Text),
+    sa.Column("checkpoint", sa.Text),  # JSON: where a run that was cut goes on
     sa.Column("last_error", sa.Text),
+    sa.Column("priority", sa.Integer, nullable=False, default=0),  # higher first
+    sa.Column("concurrency", sa.Text),  # at most so many jobs of this key run at once; NULL = no bound
+    sa.Column("progress", sa.Text),  # JSON for people: what is done of how much
+    _ref("account_id", "account.id", nullable=True),  # whose job it is; NULL = the server's
+    sa.Column("cancel_asked", sa.Boolean, nullable=False, default=False),
+    sa.Column("worker", sa.Text),  # host and process that has the lease
+    sa.Column("created_at", Time, nullable=False, default=0),
+    sa.Column("ended_at", Time),
     sa.Index(None, "state", "run_at"),
+    sa.Index(None, "concurrency", "state"),
+    sa.Index(None, "account_id"),
 )
