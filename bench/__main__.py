@@ -17,8 +17,14 @@ NAMES = (
     "drive_listing",
     "nochange_sync",
     "upload_memory",
+    "s3",
     "limits",
     "auth_cost",
+    "crowd",
+    "stalled",
+    "store_writes",
+    "remembered",
+    "refusal_timing",
 )
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

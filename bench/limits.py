@@ -19,6 +19,7 @@ from ksync_server.store import blobs as staging
 from ksync_server.store import schema
 from ksync_server.store.blobs import Blobs
 from ksync_server.store.database import Database
+from ksync_server.store.extents import Memory, Stored
 from tests.drive.harness import Client, Drive, closing, make_drive
 
 GB = 10**9
@@ -60,8 +61,13 @@ class DiscardingWriter:
 class DiscardingExtents:
     """An extent store that remembers which extents there are, and none of their bytes."""
 
+    extent_bytes = settings.Blobs().extent_bytes
+    flushes = 2
+    threads = 4
+
     def __init__(self) -> None:
         self.keys: set[str] = set()
+        self.memory = Memory(self.extent_bytes)
 
     def create(self, key: str) -> DiscardingWriter:
         self.keys.add(key)
@@ -70,11 +76,20 @@ class DiscardingExtents:
     def read(self, key: str, start: int, end: int, piece: int) -> Iterator[bytes]:
         raise FileNotFoundError(key)
 
-    def erase(self, key: str) -> None:
-        self.keys.discard(key)
+    def size(self, key: str) -> int | None:
+        return self.extent_bytes if key in self.keys else None
 
-    def list_older(self, seconds: float) -> Iterable[str]:
-        return ()
+    def erase(self, keys: Iterable[str]) -> None:
+        self.keys.difference_update(keys)
+
+    def list_stored(self) -> Iterator[Stored]:
+        return iter(())
+
+    def check(self) -> None:
+        """Nothing can be wrong with it."""
+
+    def problem(self) -> str | None:
+        return None
 
 
 def body(size: int) -> Sequence[object]:

@@ -10,12 +10,13 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from conformance.client import basic
+from conformance.servers import postgresql
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -48,6 +49,23 @@ def resident_bytes(pid: int) -> int:
             if line.startswith("VmRSS:"):
                 total += int(line.split()[1]) * 1024
     return total
+
+
+def proportional_bytes(pid: int) -> int:
+    """Memory of a process and everything below it, shared pages counted once (PSS)."""
+    total = 0
+    for member in family(pid):
+        for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def on_both() -> Iterator[tuple[str, Callable[[str], list[str]]]]:
+    """Each database: its name, and what makes settings for a demo called so, a database for each."""
+    yield "SQLite", lambda name: []
+    with postgresql(durable=True) as server:
+        yield "PostgreSQL", lambda name: [f"database.url={server.create()}"]
 
 
 class Connection:

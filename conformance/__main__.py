@@ -1,6 +1,7 @@
 """Run every part on SQLite and on PostgreSQL, print one table, fail if anything failed.
 
     python -m conformance [PART ...] [--database sqlite|postgresql] [--peer radicale|wsgidav] [-k EXPRESSION]
+    python -m conformance fire ...      the server under fire, with choices of its own: see `fire --help`
 
 A part that did not run, ran no check, or skipped one has failed. With `--peer` the parts run against that
 server instead; then the table is for reading, and nothing is demanded of it.
@@ -22,30 +23,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conformance import peers
-from conformance.servers import REPOSITORY, demo, postgresql
+from conformance.fire import __main__ as fire
+from conformance.servers import REPOSITORY, demo, postgresql, s3
 from conformance.target import Target
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = {
     "start": FOLDER / "start.py",
     "doors": FOLDER / "doors.py",
+    "seen": FOLDER / "seen.py",
     "rfc4918": FOLDER / "rfc4918.py",
     "http": FOLDER / "rfc9110.py",
+    "framing": FOLDER / "framing.py",
     "uploads": FOLDER / "uploads.py",
     "rfc4791": FOLDER / "rfc4791.py",
     "hostile": FOLDER / "hostile.py",
     "rfc6578": FOLDER / "rfc6578.py",
     "rfc6352": FOLDER / "rfc6352.py",
+    "restore": FOLDER / "restore.py",
     "litmus": FOLDER / "external" / "litmus.py",
     "pycaldav": FOLDER / "external" / "pycaldav.py",
     "vdirsyncer": FOLDER / "external" / "vdirsyncer.py",
     "rclone": FOLDER / "external" / "rclone.py",
+    "deploy": FOLDER / "external" / "deploy.py",
+    "jobs": FOLDER / "jobs.py",
+    "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
 }
 OF_PEERS = {
     "radicale": ("rfc4791", "rfc6578", "rfc6352", "hostile", "pycaldav", "vdirsyncer"),
     "wsgidav": ("rfc4918", "http", "uploads", "litmus", "rclone"),
 }
-ONCE = {"start"}  # does not look at the target, so one database is enough
+# What anybody can run in two minutes a database; `readonly` needs a loop device: `./run conformance fire`.
+FIRE = ("kills", "reload", "full", "outage", "--kills", "10", "--requests", "1000")
+ONCE = {"start", "deploy", "jobs", "restore", "seen"}  # do not look at the target: once is enough
 PART_TIMEOUT_S = 600
 
 
@@ -66,9 +76,14 @@ class Outcome:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["fire"]:
+        return fire.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="./run conformance", description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--database", choices=("sqlite", "postgresql"), action="append")
+    parser.add_argument(
+        "--bytes", choices=("files", "s3"), default="files", help="where file content is kept"
+    )
     parser.add_argument("--peer", choices=sorted(OF_PEERS))
     parser.add_argument("--ready", type=Path, help="ready file of a demo that runs already")
     parser.add_argument("-k", help="only checks whose names match, as in pytest")
@@ -78,6 +93,8 @@ def main() -> int:
     outcomes: list[Outcome] = []
     for server, target, ready in _targets(chosen):
         for part in chosen.parts or OF_PEERS.get(chosen.peer, PARTS):
+            if part == "fire" and chosen.ready:
+                continue  # it does not look at a server that runs already
             if part in ONCE and part in {outcome.part for outcome in outcomes}:
                 continue
             outcome = run_part(server, part, target, ready, chosen.k)
@@ -105,7 +122,8 @@ def _targets(chosen: argparse.Namespace) -> Iterator[tuple[str, Target, Path | N
             for database in chosen.database or ("sqlite", "postgresql"):
                 with (
                     _database_settings(database) as settings,
-                    demo(folder / database, settings=settings) as running,
+                    _bytes_settings(chosen.bytes, folder) as more,
+                    demo(folder / database, settings=[*settings, *more]) as running,
                 ):
                     ready = folder / f"{database}.json"
                     ready.touch(mode=0o600)
@@ -133,6 +151,16 @@ def _database_settings(database: str) -> Iterator[list[str]]:
         yield [f"database.url={url}"]
 
 
+@contextlib.contextmanager
+def _bytes_settings(kind: str, folder: Path) -> Iterator[list[str]]:
+    if kind == "files":
+        yield []
+        return
+    with s3() as server:
+        # Small objects, so that files of the checks have several.
+        yield [*server.arguments(server.create(), folder), "s3.extent_bytes=65536"]
+
+
 def run_part(server: str, part: str, target: Target, ready: Path | None, expression: str | None) -> Outcome:
     """Run one part's checks in a process of their own and count what its report says."""
     python = peers.CLIENTS / "python" if part == "pycaldav" else Path(sys.executable)
@@ -146,6 +174,8 @@ def run_part(server: str, part: str, target: Target, ready: Path | None, express
         command += ["-p", "no:cacheprovider", "--tb=short", "--rootdir", REPOSITORY]
         command += ["-k", expression] if expression else []
         command += [] if ready else ["-m", "not demo"]
+        if part == "fire":
+            command = [python, "-m", "conformance.fire", *FIRE, "--database", server, "--report", report]
         try:
             done = subprocess.run(
                 [str(word) for word in command],

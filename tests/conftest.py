@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conformance.names import CONTROL_NAMES, NASTY_NAMES
-from conformance.servers import Demo, PostgreSQL, demo, postgresql
+from conformance.servers import S3, Demo, PostgreSQL, demo, postgresql, s3
 from ksync_server import settings
 from ksync_server.store import schema
 from ksync_server.store.database import Database
@@ -23,6 +23,13 @@ from ksync_server.store.database import Database
 def postgresql_server() -> Iterator[PostgreSQL]:
     """One PostgreSQL server for the whole run (KSYNC_TEST_PG may name one that runs already)."""
     with postgresql() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """One S3 server for the whole run, a process of its own."""
+    with s3() as server:
         yield server
 
 

@@ -132,7 +132,11 @@ def ksync_toml() -> str:
             lines.append("\n" + "".join(f"# {line}\n" for line in about.splitlines()) + f"[{name}]")
             for key in section.__struct_fields__:
                 comment = f"  # {said[key]}" if key in said else ""
-                lines.append(f"{key} = {toml(getattr(section, key))}{comment}")
+                value = getattr(section, key)
+                # A key without a default is shown switched off.
+                lines.append(
+                    f'# {key} = "..."{comment}' if value is None else f"{key} = {toml(value)}{comment}"
+                )
     return "\n".join(lines) + "\n"
 
 

@@ -23,11 +23,14 @@ from hypothesis import strategies as st
 from ksync_server import errors, http
 from ksync_server import settings as configuration
 from ksync_server.app import App, Proxies, Router, build
+from ksync_server.auth import rules
 from ksync_server.auth.gate import Credentials, Identity, Service
+from ksync_server.disk import Disk, Space
 from ksync_server.http import Body, Headers, Peer, Request, Response
 from ksync_server.log import AccessLog, Formatter, line
 from ksync_server.metrics import Metrics
 from ksync_server.settings import Settings
+from tests.auth.harness import PASSWORD, Door
 
 spec = pytest.mark.spec
 SETTINGS = configuration.build(
@@ -50,8 +53,10 @@ class FakeGate:
         self.peers: list[Peer] = []
         self.queued_calls = 0
 
-    def is_quick(self, credentials: Credentials | None) -> bool:
-        return credentials is None or credentials.name != "slow"
+    def recognise(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Identity | None:
+        if credentials is not None and credentials.name == "slow":
+            return None
+        return self.identify(credentials, peer, service=service)
 
     def identify(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Identity:
         self.peers.append(peer)
@@ -131,8 +136,10 @@ class Edge:
         self.sync, self.drive = FakeSite(), FakeSite()
         services: Any = SimpleNamespace(settings=settings, database=self.database, gate=self.gate)
         self.lines: list[dict[str, Any]] = []
-        access: Any = SimpleNamespace(enabled=True, write=self.lines.append)
-        self.app = App(services, self.sync, self.drive, metrics=Metrics(), access=access)
+        self.access: Any = SimpleNamespace(enabled=True, write=self.lines.append)
+        self.space = Space(free=10**12, total=10**13)
+        disk = Disk(settings, lambda folder: self.space, look_s=0)
+        self.app = App(services, self.sync, self.drive, metrics=Metrics(), access=self.access, disk=disk)
 
     def ask(
         self,
@@ -184,6 +191,60 @@ class Edge:
 @pytest.fixture
 def edge() -> Edge:
     return Edge()
+
+
+# -- what opens nothing ---------------------------------------------------------------------------
+
+VERBS = sorted(rules.VERBS)
+
+
+@spec("CVE-2026-45690, CVE-2026-45691")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_log_in_that_passed_the_password_alone_opens_nothing_on_any_verb(tmp_path: Path, verb: str) -> None:
+    """The account's password where 2FA is on, and a session's token, as Basic and as Bearer."""
+    with Door.opened(f"sqlite:///{tmp_path}/ksync.db", tmp_path) as door:
+        account = door.account()
+        door.turn_on_second_factor(account)
+        drive_id = door.drive("kdrive-solo", account)
+        app = door.app_password(account)[1]
+        edge = Edge()
+        services: Any = SimpleNamespace(
+            settings=SETTINGS, database=FakeDatabase(), gate=door.gate, offers=door.offers
+        )
+        edge.app = App(
+            services, edge.sync, edge.drive, metrics=Metrics(), access=edge.access, disk=edge.app.disk
+        )
+        token = "c2Vzc2lvbg" * 4
+        pairs = [(account.sync_id, PASSWORD), (account.login_email, PASSWORD), ("session", token)]
+        basic = [base64.b64encode(f"{name}:{secret}".encode()).decode() for name, secret in pairs]
+        words = [f"Basic {each}" for each in (*basic, base64.b64encode(token.encode()).decode())]
+        words += [f"Bearer {each}" for each in (token, PASSWORD, app, *basic)]
+        for path in ("/", f"/calendars/{account.sync_id}/", f"/drives/{drive_id}/"):
+            for word in words:
+                answer = edge.ask(verb, path, {"authorization": word})
+                assert answer.status == 401, (path, word)
+                assert (answer.header("www-authenticate") or "").startswith("Basic realm=")
+        assert edge.sync.requests == edge.drive.requests == []
+        good = base64.b64encode(f"{account.sync_id}:{app}".encode()).decode()
+        assert edge.ask(verb, "/", {"authorization": f"Basic {good}"}).status == 200
+
+
+def test_who_guesses_too_much_is_told_to_come_back_later_and_not_to_log_in(tmp_path: Path) -> None:
+    with Door.opened(f"sqlite:///{tmp_path}/ksync.db", tmp_path) as door:
+        door.account()
+        edge = Edge()
+        services: Any = SimpleNamespace(settings=SETTINGS, database=FakeDatabase(), gate=door.gate)
+        edge.app = App(
+            services, edge.sync, edge.drive, metrics=Metrics(), access=edge.access, disk=edge.app.disk
+        )
+        found = []
+        for number in range(6):
+            word = base64.b64encode(f"alice@example.org:wrong {number}".encode()).decode()
+            found.append(edge.ask("PROPFIND", "/", {"authorization": f"Basic {word}"}))
+        assert [answer.status for answer in found] == [401] * 5 + [429]
+        assert 0 < int(found[-1].header("retry-after") or "") <= 900
+        assert found[-1].header("www-authenticate") is None, "a challenge would make it ask for a password"
+        assert b"application passwords work meanwhile" in found[-1].body
 
 
 # -- hosts ----------------------------------------------------------------------------------------
@@ -303,6 +364,39 @@ def test_plain_http_is_allowed_by_setting_and_never_needed_for_redirects(edge: E
     assert edge.ask(client="::1").status == 200
     assert edge.ask(path="/.well-known/caldav", client="192.0.2.1", login=False).status == 301
     assert Edge(allow_plain_http=True).ask(client="192.0.2.1").status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({}, 200),  # nothing was forwarded: somebody on this machine
+        ({"x-forwarded-proto": "http"}, 403),
+        ({"via": "1.1 proxy"}, 403),
+        ({"forwarded": "for=192.0.2.1"}, 403),
+        ({"x-forwarded-for": "nonsense"}, 403),
+        ({"x-forwarded-for": "127.0.0.1, "}, 403),
+        ({"x-forwarded-for": "192.0.2.1"}, 403),
+        ({"x-forwarded-for": "192.0.2.1, 127.0.0.1"}, 403),
+        ({"x-forwarded-for": "127.0.0.1, 192.0.2.1"}, 403),
+        ({"x-forwarded-for": "127.0.0.1"}, 200),
+        ({"x-forwarded-for": "192.0.2.1", "x-forwarded-proto": "http, https"}, 200),
+        ({"x-forwarded-for": "192.0.2.1", "x-forwarded-proto": "https, http"}, 403),
+        ({"x-forwarded-for": "192.0.2.1", "x-forwarded-proto": "https "}, 200),
+        ({"x-forwarded-for": "192.0.2.1", "x-forwarded-proto": "httpsx"}, 403),
+    ],
+    ids=str,
+)
+def test_a_proxy_on_this_machine_does_not_make_its_clients_local(fields: dict[str, str], status: int) -> None:
+    edge = Edge(trusted_proxies=("127.0.0.1",))
+    assert edge.ask(client="127.0.0.1", headers=fields).status == status
+
+
+def test_a_proxy_that_is_not_named_is_told_of_once(edge: Edge, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        edge.ask(client="127.0.0.1", headers={"x-forwarded-for": "192.0.2.1"})
+    assert [record.message for record in caplog.records] == [
+        "a proxy that server.trusted_proxies does not name"
+    ]
 
 
 # -- log-in ---------------------------------------------------------------------------------------
@@ -613,3 +707,37 @@ def test_build_makes_everything_that_a_request_needs(tmp_path: Path) -> None:
         assert (tmp_path / "data" / "keys.toml").stat().st_mode & 0o777 == 0o600
     finally:
         services.close()
+
+
+# -- disk nearly full -----------------------------------------------------------------------------
+
+
+async def reading(request: Request) -> Response:
+    return http.text(200, str(len(await request.body.read(10**9))))
+
+
+@spec("RFC 4331 §6")
+def test_without_room_a_write_is_refused_before_its_body_and_after_the_log_in(edge: Edge) -> None:
+    edge.space = Space(free=1, total=10**13)
+    answer = edge.ask("PUT", headers={"content-length": "3"}, body=(b"abc",))
+    assert answer.status == 507
+    assert answer.order[0] == "start"
+    assert b"sufficient-disk-space" in answer.body
+    assert edge.sync.requests == []
+    assert edge.ask("PUT", headers={"content-length": "3"}, body=(b"abc",), login=False).status == 401
+    assert edge.ask("DELETE").status == 200
+
+
+def test_an_upload_stops_when_the_room_ends(edge: Edge) -> None:
+    edge.sync.answer = reading
+    headers = {"transfer-encoding": "chunked"}
+    assert edge.ask("PUT", headers=headers, body=(b"a", b"b", b"c")).body == b"3"
+
+    def shrink(request: Request) -> Any:
+        edge.space = Space(free=1, total=10**13)
+        return reading(request)
+
+    edge.sync.answer = shrink
+    answer = edge.ask("PUT", headers=headers, body=(b"a", b"b", b"c"))
+    assert (answer.status, answer.header("connection")) == (507, "close")
+    assert answer.order.count("receive") == 3, "the rest is read, so that the client sees the status"

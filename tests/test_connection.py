@@ -50,6 +50,12 @@ class Echo:
                 await self.stream(send, 10_000)
             elif path == "/stream":
                 await self.stream(send, 3)
+            elif path == "/early":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"early", "more_body": True})
+                while (await receive())["more_body"]:
+                    pass
+                await send({"type": "http.response.body", "body": b""})
             else:
                 await self.echo(scope, receive, send)
         except ClientGone:
@@ -220,13 +226,22 @@ def test_a_head_over_the_limit_is_refused(server: Running, head: bytes, status: 
     assert server.exchange(head)[9:12] == status
 
 
-def test_a_head_of_20_mb_is_refused_long_before_its_end(server: Running) -> None:
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: ", b"y" * 65536),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n", b"X: y\r\n" * 10_000),
+        (b"GET /", b"y" * 65536),
+    ],
+    ids=["one field", "many fields", "target"],
+)
+def test_a_head_of_20_mb_is_refused_long_before_its_end(server: Running, head: bytes, more: bytes) -> None:
     with server.connect() as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: ")
+        connection.sendall(head)
         sent = 0
         try:
             while sent < 20_000_000:
-                sent += connection.send(b"y" * 65536)
+                sent += connection.send(more)
         except OSError:
             pass
         assert sent < 20_000_000
@@ -353,6 +368,45 @@ def test_an_offer_to_upgrade_is_ignored(server: Running) -> None:
     assert answer.startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize("size", [1000, 1], ids=["at once", "one byte at a time"])
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [(["Content-Length: 5"], b"hello"), ([CHUNKED], b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n")],
+    ids=["declared", "chunked"],
+)
+def test_the_body_of_an_offer_to_upgrade_is_whole_and_nothing_behind_it_is_a_request(
+    server: Running, fields: list[str], body: bytes, size: int
+) -> None:
+    path = f"/up-{size}-{len(body)}"
+    sent = get(path, "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", *fields, method="PUT") + body
+    sent += get(f"{path}-behind")
+    answer = server.exchange(*[sent[at : at + size] for at in range(0, len(sent), size)])
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert answer.endswith(b" example.org hello")
+    assert (f"{path}-behind", "answered") not in server.app.seen
+
+
+@spec("RFC 9110 §15.6.6")
+@pytest.mark.parametrize("version", ["0.9", "2.0"])
+def test_other_versions_of_http_are_505(server: Running, version: str) -> None:
+    answer = server.exchange(get("/version", version=version) + get("/smuggled"))
+    assert answer.startswith(b"HTTP/1.1 505 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_request_line_without_a_version_is_505(server: Running) -> None:
+    assert server.exchange(b"GET /\r\nHost: example.org\r\n\r\n").startswith(b"HTTP/1.1 505 ")
+
+
+@spec("RFC 9112 §5.1")
+def test_blanks_around_a_value_are_not_part_of_it(server: Running) -> None:
+    answer = server.exchange(get("/blanks", "Content-Length: \t 3 \t ", CLOSE, method="PUT") + b"abc")
+    assert answer.endswith(b"abc")
+    assert server.exchange(b"GET / HTTP/1.1\r\nHost:  a \t\r\n" + CLOSE.encode() + b"\r\n\r\n").endswith(
+        b"/ a "
+    )
+
+
 # -- ends -----------------------------------------------------------------------------------------
 
 
@@ -407,6 +461,33 @@ def test_replacing_a_worker_answers_one_more_request_of_an_idle_connection(serve
         answer = read_all(idle)
         assert b"connection: close" in answer
         assert answer.endswith(b"GET /after example.org ")
+
+
+def test_replacing_a_worker_lets_an_answer_that_has_begun_be_followed_by_one_more_request(
+    server: Running,
+) -> None:
+    with server.connect() as busy:
+        busy.sendall(get("/early", "Content-Length: 3", method="PUT"))
+        received = b""
+        while b"early" not in received:
+            received += busy.recv(1000)
+        assert b"connection: close" not in received
+        told = threading.Event()
+
+        def drain() -> None:
+            for each in list(server.state.connections):
+                each.drain(at_once=False)  # type: ignore[call-arg]
+            told.set()
+
+        server.call(drain)
+        assert told.wait(10)
+        busy.sendall(b"abc")
+        while not received.endswith(b"0\r\n\r\n"):
+            received += busy.recv(1000)
+        busy.sendall(get("/behind"))
+        answer = read_all(busy)
+        assert b"connection: close" in answer
+        assert answer.endswith(b"GET /behind example.org ")
 
 
 # -- any cut of the bytes is the same request -----------------------------------------------------

@@ -20,7 +20,7 @@ from tests import generate
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")
 CONFIG = (REPOSITORY / "config" / "ksync.toml").read_text("utf-8")
-ASSIGNMENT = re.compile(r"^(# )?([a-z_][a-z0-9_]* =|\[[a-z]+\])")
+ASSIGNMENT = re.compile(r"^(# )?([a-z_][a-z0-9_]* =|\[[a-z0-9]+\])")
 
 
 def setting_defaults() -> Iterator[tuple[str, Any]]:
@@ -111,7 +111,12 @@ def test_the_owner_tables_of_the_readme_are_those_of_the_sites() -> None:
     assert generate.readme(README) == README, "run ./run fix"
 
 
-PAGES = ["README.md", "CHANGELOG.md", *(f"notes/{page.name}" for page in REPOSITORY.glob("notes/*.md"))]
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    *(f"notes/{page.name}" for page in REPOSITORY.glob("notes/*.md")),
+]
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
@@ -129,6 +134,36 @@ def test_every_page_of_the_notes_is_listed() -> None:
 
 def test_specifications_page_is_up_to_date() -> None:
     assert generate.specifications() == generate.PAGE.read_text("utf-8"), "run ./run fix"
+
+
+SECURITY = (REPOSITORY / "notes" / "security.md").read_text("utf-8")
+
+
+def flaws() -> list[list[str]]:
+    """The cells of each row of the table of others' flaws."""
+    section = SECURITY.partition("## Known flaws of others, and our tests")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1:]]
+
+
+def test_every_known_flaw_names_tests_that_exist_or_what_it_waits_for() -> None:
+    rows = flaws()
+    assert len(rows) >= 30
+    for flaw, _, tests, status in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert status.startswith("tested") if named else status.startswith("waits for "), flaw
+        assert len(named) == tests.count("::")
+        for page, name in named:
+            text = (REPOSITORY / page).read_text("utf-8")
+            assert re.search(rf"^(?:async )?def {name}\(", text, re.MULTILINE), f"{flaw}: {page}::{name}"
+
+
+def test_a_flaw_that_waits_says_so_no_longer_than_it_has_to() -> None:
+    """A test file that a waiting row names is not there yet; when it comes, the row names its tests."""
+    for flaw, _, _, status in flaws():
+        if status.startswith("waits for "):
+            for page in re.findall(r"`(tests/[\w/]+\.py)`", status):
+                assert not (REPOSITORY / page).exists(), f"{flaw}: name its test in notes/security.md"
 
 
 def pins(name: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,6 +184,28 @@ def test_a_setting_changes_with_a_reload(running: Demo) -> None:
     answer = connection.getresponse()
     assert answer.headers["WWW-Authenticate"] == 'Basic realm="elsewhere", charset="UTF-8"'
     connection.close()
+
+
+def test_a_reload_asked_for_during_a_reload_is_done_too(running: Demo) -> None:
+    config = running.data / "ksync.toml"
+    good = config.read_text()
+    first = children(running)
+    place = urlsplit(running.url)
+
+    def challenge() -> str | None:
+        connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=30)
+        try:
+            connection.request("GET", "/")
+            return connection.getresponse().headers["WWW-Authenticate"]
+        finally:
+            connection.close()
+
+    os.kill(running.process.pid, signal.SIGHUP)
+    until(lambda: children(running) - first)  # it has read the configuration
+    config.write_text(re.sub(r"\[auth\]\n(realm = .*\n)?", '[auth]\nrealm = "second"\n', good))
+    os.kill(running.process.pid, signal.SIGHUP)
+    until(lambda: challenge() == 'Basic realm="second", charset="UTF-8"')
+    until(lambda: len(children(running)) == len(first) and not children(running) & first)
 
 
 def test_an_upload_under_way_survives_a_reload(running: Demo) -> None:

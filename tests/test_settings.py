@@ -44,11 +44,22 @@ def test_a_file_that_is_not_toml_or_not_there_says_so(tmp_path: Path) -> None:
         ("server.workers", "-3"),
         ("server.listen", "[]"),
         ("server.header_timeout_s", "0.0"),
+        ("server.handshake_timeout_s", "0.0"),
+        ("server.handshakes", "0"),
+        ("server.redirect_https_port", "65536"),
+        ("server.address_connections", "-1"),
+        ("tls.keys", '["key.pem"]'),
+        ("tls.minimum_version", '"1.1"'),
+        ("disk.reserve_bytes", "-1"),
+        ("disk.reserve_percent", "100.0"),
+        ("disk.resume_percent", "99.0"),
         ("server.body_timeout_s", "nan"),
         ("server.body_timeout_s", "inf"),
         ("hosts.sync", '["https://sync.example.org"]'),
         ("hosts.paths", '["localhost:8080"]'),
         ("hosts.drive_suffix", '""'),
+        ("accounts.hosted_domains", '["alice@example.org"]'),
+        ("accounts.grace_days", "-1"),
         ("database.url", '"mysql://localhost/ksync"'),
         ("database.url", '"sqlite:///"'),
         ("database.durability", '"never"'),
@@ -62,6 +73,19 @@ def test_a_file_that_is_not_toml_or_not_there_says_so(tmp_path: Path) -> None:
         ("drive.trash_name", '".."'),
         ("drive.common_name", '"deleted items"'),
         ("drive.max_chunked_bytes", "100_000_000_001"),
+        ("jobs.workers", "0"),
+        ("jobs.lease_s", "0.0"),
+        ("mail.port", "65536"),
+        ("mail.security", '"maybe"'),
+        ("mail.from_address", '"not an address"'),
+        ("mail.from_name", '"a\\r\\nBcc: eve@example.org"'),
+        ("s3.bucket", '"a bucket"'),
+        ("s3.endpoint", '"s3.example.org"'),
+        ("s3.endpoint", '"https://me:hidden@s3.example.org"'),
+        ("s3.prefix", '"../other"'),
+        ("s3.prefix", '"a//b"'),
+        ("s3.memory_bytes", "8_388_609"),
+        ("s3.requests", "0"),
         ("log.level", '"loud"'),
         ("log.format", '"xml"'),
     ],
@@ -74,8 +98,31 @@ def test_a_value_that_would_fail_later_is_refused_at_once(tmp_path: Path, key: s
     assert mistake.startswith(f": {key}: ")
 
 
+def test_https_needs_certificates_and_may_stand_alone(tmp_path: Path) -> None:
+    alone = "[server]\nlisten = []\nlisten_tls = [':443']\n"
+    (mistake,) = refused(tmp_path, alone)
+    assert mistake == ": tls.certificates: server.listen_tls needs one"
+    path = tmp_path / "ksync.toml"
+    path.write_text(alone + "[tls]\ncertificates = ['a.pem']\nkeys = ['a.key']\n")
+    assert configuration.load(path).tls.keys == (tmp_path / "a.key",)
+
+
 def test_a_refusal_does_not_repeat_the_password_of_the_database(tmp_path: Path) -> None:
     assert "hidden" not in "".join(refused(tmp_path, "[database]\nurl = 'mysql://me:hidden@localhost/x'\n"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (("mail.relay=relay.example.org",), "mail.from_address"),
+        (("mail.relay='smtp://relay.example.org'", "mail.from_address='a@example.org'"), "mail.relay"),
+        (("mail.user=ksync",), "mail.password_file"),
+        (("mail.user=ksync", "mail.password_file=secret", "mail.security=none"), "mail.security"),
+    ],
+)
+def test_mail_settings_that_do_not_go_together_are_refused(overrides: tuple[str, ...], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        configuration.build({}, overrides)
 
 
 @pytest.mark.parametrize("override", ["nonsense", "offers_file.x=1"])

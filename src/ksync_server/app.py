@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
 import secrets
@@ -21,27 +20,26 @@ from ksync_server import webdav
 from ksync_server.auth import keys as keyring
 from ksync_server.auth import offers as tiers
 from ksync_server.auth.gate import Credentials, Gate, Identity, Service
-from ksync_server.dav import collections as dav_collections
+from ksync_server.auth.memory import Memory
 from ksync_server.dav import site as dav_site
+from ksync_server.disk import Disk
 from ksync_server.drive import site as drive_site
-from ksync_server.drive import tree as drive_tree
 from ksync_server.errors import (
     BadRequest,
     ClientError,
     ClientGone,
-    ConfigError,
     Forbidden,
     MisdirectedRequest,
     NotAuthenticated,
     NotImplementedHere,
 )
 from ksync_server.http import Body, Headers, Peer, Receive, Request, Response, Send, content_length, text, xml
-from ksync_server.jobs import Periodic
 from ksync_server.log import AccessLog, stamp
 from ksync_server.metrics import Metrics
-from ksync_server.store import changes
-from ksync_server.store.blobs import Blobs
-from ksync_server.store.database import Database
+from ksync_server.networks import Networks, is_loopback
+from ksync_server.networks import parse as parse_address
+from ksync_server.store.blobs import Blobs, open_extents
+from ksync_server.store.database import Database, begin_request
 from ksync_server.wire import headers as grammar
 
 log = logging.getLogger(__name__)
@@ -54,6 +52,7 @@ _HOP_FIELDS = frozenset(
     b"x-forwarded-proto x-forwarded-server x-forwarded-user x-original-url x-real-ip x-remote-user "
     b"x-rewrite-url x-script-name".split()
 )
+_FORWARDING = ("x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "forwarded", "via", "x-real-ip")
 _COMPRESSED_TYPES = (
     b"application/xml",
     b"text/xml",
@@ -65,6 +64,7 @@ _COMPRESSED_TYPES = (
 _COMPRESS_FROM = 1024  # smaller answers fit in one packet anyhow
 _IN_THREAD_FROM = 128 * 1024  # compressing more than this at once would hold up other requests
 _SMALL_REST = 64 * 1024  # an unread rest of this size is read, so that the connection can go on
+_HTTPS_PORT = 443
 _GONE = 499  # in the log only: the client left before the answer
 
 
@@ -81,26 +81,32 @@ class Services:
 
     def close(self) -> None:
         """Finish queued writes and end every thread."""
+        self.gate.close()
         self.blobs.close()
         self.database.close()
 
 
-def build(settings: configuration.Settings) -> Services:
+def build(settings: configuration.Settings, memory: Memory | None = None) -> Services:
     """Wire the services of one process; call it after a fork, never before.
 
+    Args:
+        settings: the configuration.
+        memory: of good account passwords, shared by all web processes; None = one of its own.
+
     Raises:
-        ConfigError: a database, key file or offer table that cannot be used.
+        ConfigError: a database, key file, offer table or S3 credentials that cannot be used.
     """
     keys = keyring.load(settings.auth.key_file)
     offers = tiers.load(settings.offers_file)
+    extents = open_extents(settings)
     database = Database(settings.database, threads=settings.server.threads)
     return Services(
         settings,
         database,
-        Blobs(settings.blobs, database),
+        Blobs(settings.blobs, database, extents),
         keys,
         offers,
-        Gate(settings, database, keys, offers),
+        Gate(settings, database, keys, offers, memory),
     )
 
 
@@ -128,30 +134,8 @@ def application(services: Services) -> App:
         drive_site.Site(services),
         metrics=Metrics(),
         access=AccessLog(services.settings.log),
+        disk=Disk(services.settings),
     )
-
-
-def periodic(services: Services) -> list[Periodic]:
-    """The work of every installation's job worker."""
-    settings = services.settings
-
-    def expire_trash() -> None:
-        while drive_tree.expire_trash(services.database, settings.drive, int(time.time())):
-            pass
-
-    def purge_deleted() -> None:
-        while dav_collections.purge_deleted(services.database):
-            pass
-
-    def forget_deletions() -> None:
-        changes.prune(services.database, int(time.time()) - settings.dav.tombstone_days * 86400)
-
-    return [
-        Periodic("blobs.reap", 3600, services.blobs.reap),
-        Periodic("drive.expire-trash", 3600, expire_trash),
-        Periodic("dav.purge-deleted", 3600, purge_deleted),
-        Periodic("changes.prune", 86400, forget_deletions),
-    ]
 
 
 # -- peers and hosts ------------------------------------------------------------------------------
@@ -161,46 +145,22 @@ class Proxies:
     """Which neighbours may say who the client is (HOST3)."""
 
     def __init__(self, trusted: tuple[str, ...]) -> None:
-        try:
-            self._networks = [ipaddress.ip_network(network, strict=False) for network in trusted]
-        except ValueError as error:
-            raise ConfigError(f"server.trusted_proxies: {error}") from None
+        self._networks = Networks("server.trusted_proxies", trusted)
 
     def trusts(self, address: str) -> bool:
         """Whether the address is one of ours."""
-        if not self._networks:
-            return False
-        parsed = _address(address)
-        return parsed is not None and any(parsed in network for network in self._networks)
+        return address in self._networks
 
     def client(self, address: str, forwarded: str | None) -> str:
         """The last address that none of our proxies has: what stands left of it anybody may have written."""
         for hop in reversed((forwarded or "").split(",")):
             if not self.trusts(address):
                 break
-            parsed = _address(hop.strip())
+            parsed = parse_address(hop.strip())
             if parsed is None:
                 break
             address = str(parsed)
         return address
-
-
-def _address(hop: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address as proxies write it: bare, `1.2.3.4:5`, `[::1]:5`; mapped IPv4 as IPv4."""
-    bare = hop
-    if hop.startswith("["):
-        bare = hop[1:].partition("]")[0]
-    elif hop.count(":") == 1:
-        bare = hop.partition(":")[0]
-    try:
-        parsed = ipaddress.ip_address(bare)
-    except ValueError:
-        return None
-    return getattr(parsed, "ipv4_mapped", None) or parsed
-
-
-def _is_loopback(address: str) -> bool:
-    return address == "" or address == "::1" or address.startswith("127.")
 
 
 class Router:
@@ -276,7 +236,14 @@ class App:
     """The ASGI application of a web process."""
 
     def __init__(
-        self, services: Services, sync: Site, drive: Site, *, metrics: Metrics, access: AccessLog
+        self,
+        services: Services,
+        sync: Site,
+        drive: Site,
+        *,
+        metrics: Metrics,
+        access: AccessLog,
+        disk: Disk,
     ) -> None:
         self._services = services
         self._server = services.settings.server
@@ -284,7 +251,9 @@ class App:
         self._router = Router(services.settings.hosts)
         self._proxies = Proxies(self._server.trusted_proxies)
         self.metrics = metrics
+        self.disk = disk
         self._access = access
+        self._unnamed_proxy = False
         self._on_loop = services.database.dialect == "sqlite"
         realm = services.settings.auth.realm.replace("\\", "").replace('"', "")
         self._challenge = f'Basic realm="{realm}", charset="UTF-8"'
@@ -299,6 +268,7 @@ class App:
         if scope["type"] != "http":
             return
         exchange = _Exchange(scope, receive, send)
+        begin_request()
         try:
             response = await self._answer(exchange, scope)
             await self._deliver(exchange, response)
@@ -348,17 +318,34 @@ class App:
         if request.method in ("TRACE", "CONNECT"):
             raise NotImplementedHere("This method is not available.")
         exchange.site, request = self._router.route(request)
+        if not request.peer.secure and self._server.redirect_https_port:
+            return self._to_https(request, scope)
         site = self._sites[exchange.site]
         public = site.public(request)
         if public is not None:
             return public
         peer = request.peer
-        if not (peer.secure or self._server.allow_plain_http or _is_loopback(peer.address)):
+        if not (
+            peer.secure or self._server.allow_plain_http or self._is_local(peer, scope, exchange.headers)
+        ):
             # No challenge: it would make the client send its password in the clear.
             raise Forbidden("Passwords are accepted over HTTPS only: use https:// in the address.")
         identity = await self._identify(request, site.service(request))
         exchange.account = identity.sync_id
+        if self.disk.check(request.method, request.body.length, has_body=request.has_body):
+            request.body.guard = self.disk.check_running
         return await site.handle(request, identity)
+
+    def _to_https(self, request: Request, scope: Any) -> Response:
+        """Where the same thing is encrypted; for any method, with the method kept (RFC 9110 §15.4.9)."""
+        name = request.authority
+        if match := _AUTHORITY.fullmatch(name):
+            name = match[1]
+        port = self._server.redirect_https_port
+        place = f"https://{name}" + ("" if port == _HTTPS_PORT else f":{port}")
+        place += scope["raw_path"].decode("latin-1") + (f"?{request.query}" if request.query else "")
+        status = 301 if request.method in ("GET", "HEAD") else 308
+        return Response(status, [(b"location", place.encode("latin-1"))])
 
     def _request(self, exchange: _Exchange, scope: Any) -> Request:
         """The request as sites see it.
@@ -397,24 +384,38 @@ class App:
             scheme = _last(headers.joined("x-forwarded-proto")).lower() or scheme
             authority = _last(headers.joined("x-forwarded-host")) or authority
             address = self._proxies.client(address, headers.joined("x-forwarded-for"))
+        elif not self._unnamed_proxy and "x-forwarded-for" in headers and is_loopback(address):
+            self._unnamed_proxy = True  # said once: every client would look like this machine
+            log.warning("a proxy that server.trusted_proxies does not name", extra={"address": address})
         if address.startswith("::ffff:"):
             address = address.removeprefix("::ffff:")
         secure = scheme == "https"
         return Peer(address, secure, headers.get("user-agent") or ""), scheme if secure else "http", authority
 
+    def _is_local(self, peer: Peer, scope: Any, headers: Headers) -> bool:
+        """Whether plain HTTP stays on this machine.
+
+        A proxy's own address is not its client's: one here that forwards and does not say for whom may serve
+        the world.
+        """
+        neighbour = str(scope["client"][0]) if scope.get("client") else ""
+        if self._proxies.trusts(neighbour) and any(name in headers for name in _FORWARDING):
+            last = _last(headers.joined("x-forwarded-for"))
+            if parse_address(last) is None:
+                return False
+        return is_loopback(peer.address)
+
     async def _identify(self, request: Request, service: Service) -> Identity:
         gate = self._services.gate
-        pair = grammar.parse_basic(request.headers.get("authorization"))
+        # Joined: of two fields a proxy could have looked at the other one, so they are none.
+        pair = grammar.parse_basic(request.headers.joined("authorization"))
         credentials = Credentials(*pair) if pair else None
 
-        def identify() -> Identity | None:
-            """Without argon2; None where it takes one."""
-            if not gate.is_quick(credentials):
-                return None
-            return gate.identify(credentials, request.peer, service=service)
+        def recognise() -> Identity | None:
+            return gate.recognise(credentials, request.peer, service=service)
 
         on_loop = self._on_loop or credentials is None
-        identity = identify() if on_loop else await self._services.database.pooled(identify)
+        identity = recognise() if on_loop else await self._services.database.pooled(recognise)
         if identity is None:
             # argon2 has threads of its own: a flood of log-ins holds up nobody who is known.
             identity = await asyncio.wrap_future(gate.queued(credentials, request.peer, service=service))
@@ -448,11 +449,11 @@ class App:
         """Send an answer, then take care of what the client still sends."""
         stream = None if isinstance(response.body, bytes) else response.body
         try:
-            first = b""
+            first = [b""]  # a list, so that whoever sends the piece can let go of it
             if stream is not None and exchange.method != "HEAD":
                 # What fails before the first piece can still be answered in full.
                 try:
-                    first = await anext(stream, b"")
+                    first = [await anext(stream, b"")]
                 except ClientGone:
                     raise
                 except ClientError as error:
@@ -464,7 +465,7 @@ class App:
             if stream is not None and hasattr(stream, "aclose"):
                 await stream.aclose()
 
-    async def _send(self, exchange: _Exchange, response: Response, first: bytes) -> None:
+    async def _send(self, exchange: _Exchange, response: Response, first: list[bytes]) -> None:
         coder = await self._compress(exchange, response)
         rest = self._unread(exchange, response)
         self._finish_headers(exchange, response, rest)
@@ -486,9 +487,9 @@ class App:
             await self._put_body(exchange, b"", more=False)
 
     async def _stream(
-        self, exchange: _Exchange, first: bytes, body: AsyncIterator[bytes], coder: _Coder | None
+        self, exchange: _Exchange, first: list[bytes], body: AsyncIterator[bytes], coder: _Coder | None
     ) -> None:
-        piece: bytes | None = first
+        piece: bytes | None = first.pop()
         while piece is not None:
             if coder is not None and piece:
                 piece = coder.piece(piece)
@@ -514,6 +515,9 @@ class App:
         names = {name for name, _ in headers}
         if b"x-content-type-options" not in names:
             headers.append((b"x-content-type-options", b"nosniff"))
+        if exchange.account is not None and b"cache-control" not in names:
+            # Some proxies keep answers without asking whose they are, 404 by default (RFC 9110 §15.1).
+            headers.append((b"cache-control", b"private, no-cache"))
         bodiless = response.status in (204, 304)
         if isinstance(response.body, bytes) and not bodiless and b"content-length" not in names:
             headers.append((b"content-length", str(len(response.body)).encode("ascii")))
@@ -536,6 +540,7 @@ class App:
 
     async def _drain(self, body: Body) -> None:
         """Read on for a while: a client that is cut off while it sends never sees why (413 above all)."""
+        body.guard = None  # what is thrown away needs no room
         left = self._server.drain_bytes
         try:
             async with asyncio.timeout(self._server.drain_s):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from ksync_server.errors import ClientGone
+from ksync_server.networks import Networks, is_loopback, subscriber
+from ksync_server.wire.proxy import Origin
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -39,6 +41,36 @@ class Limits:
     header_timeout_s: float
     idle_timeout_s: float
     body_timeout_s: float
+
+
+class Crowd:
+    """How many connections each address has in this process.
+
+    Args:
+        most: of one IPv4 address or IPv6 network of 64 bits; 0 = any number.
+        excepted: who speaks for many: our proxies. Loopback is excepted too.
+    """
+
+    def __init__(self, most: int, excepted: Networks) -> None:
+        self._most = most
+        self._excepted = excepted
+        self._counts: Counter[str] = Counter()
+
+    def enter(self, address: str) -> str | None:
+        """Count one more; None when it is not counted, "" when it is one too many."""
+        if not self._most or is_loopback(address) or address in self._excepted:
+            return None
+        key = subscriber(address)
+        if self._counts[key] >= self._most:
+            return ""
+        self._counts[key] += 1
+        return key
+
+    def leave(self, key: str) -> None:
+        """Count one less, by what `enter` gave."""
+        self._counts[key] -= 1
+        if not self._counts[key]:
+            del self._counts[key]
 
 
 def refusing(status: int, text: str) -> App:
@@ -134,6 +166,15 @@ class Cycle(RequestResponseCycle):
         self.expected_content_length = _UNKNOWN_LENGTH
 
 
+class _Skipped:
+    """Callbacks for the body of a request that offers an upgrade: httptools ends that request at its head."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.on_body = connection.on_body
+        self.on_chunk_header = connection.on_chunk_header
+        self.on_message_complete = connection.end_skipped
+
+
 class Connection(HttpToolsProtocol):
     """A connection with limits. `deadline` and `write_deadline` are in the loop's time."""
 
@@ -145,10 +186,16 @@ class Connection(HttpToolsProtocol):
         state: ServerState,
         limits: Limits,
         on_close: Callable[[], None],
+        *,
+        origin: Origin | None = None,
+        crowd: Crowd | None = None,
     ) -> None:
         super().__init__(config, state, {}, asyncio.get_running_loop())
         self.limits = limits
         self.on_close = on_close
+        self.origin = origin  # what a PROXY header said
+        self.crowd = crowd
+        self.counted: str | None = None  # as whose connection
         self.access_log = False
         self.heading = False  # inside a head
         self.head_bytes = 0  # of the fields, so far
@@ -156,6 +203,7 @@ class Connection(HttpToolsProtocol):
         self.accounted = 0  # bytes of the data being parsed whose place in a request is known
         self.loose = 0  # bytes that are neither: half a field, blanks, chunk extensions
         self.declared = False  # inside a body of declared length
+        self.upgrading = False  # the parser will end this request before its body
         self.broken = False  # nothing the peer sends is understood any more
         self.draining = False
         self.running: Cycle | None = None
@@ -163,13 +211,25 @@ class Connection(HttpToolsProtocol):
         self.write_deadline = math.inf
         self.close_deadline = math.inf
         self.unsent = 0
+        self.encrypted = False
 
     # -- life -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The peer has until the header time-out to send a request."""
         super().connection_made(transport)
+        self.encrypted = self.scheme == "https"
+        if self.origin is not None:
+            # A loopback address that a proxy elsewhere tells of is not ours, so it is not trusted as ours.
+            if not is_loopback(self.origin.address) or is_loopback(self.client[0] if self.client else ""):
+                self.client = (self.origin.address, self.origin.port)
+            if self.origin.secure:
+                self.scheme = "https"
         self.deadline = self.loop.time() + self.limits.header_timeout_s
+        if self.crowd is not None:
+            self.counted = self.crowd.enter(self.client[0] if self.client else "")
+            if self.counted == "":
+                self._answer(503, "Too many connections from your address.")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell every request of this connection."""
@@ -179,12 +239,17 @@ class Connection(HttpToolsProtocol):
                 cycle.message_event.set()
         self.pipeline.clear()
         super().connection_lost(exc)
+        if self.crowd is not None and self.counted:
+            self.crowd.leave(self.counted)
         self.on_close()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A peer that has sent a whole request may close its half and still read the answer."""
+        """A peer that has sent a whole request may close its half and still read the answer.
+
+        Inside TLS it may not: the event loop closes both halves at once.
+        """
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
+        if self.encrypted or cycle is None or cycle.response_complete or cycle.more_body:
             return None
         cycle.keep_alive = False
         return True
@@ -197,7 +262,9 @@ class Connection(HttpToolsProtocol):
         self.draining = True
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            cycle.keep_alive = False
+            if at_once or not cycle.response_started:
+                cycle.keep_alive = False
+            # Else the head has not said so: the client will take the connection for a kept one.
         elif at_once:
             self.transport.close()
         else:
@@ -261,16 +328,40 @@ class Connection(HttpToolsProtocol):
             return
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.broken = True  # no protocol of ours: answer what was asked, then end
+        except httptools.HttpParserUpgrade as ended:
+            # No protocol of ours: answer what was asked, then end.
             self.cycle.keep_alive = False
+            if self.upgrading:
+                self._read_skipped(data[ended.args[0] :])
+            else:
+                self.broken = True
         except httptools.HttpParserError:
             self._break(400, "The request is malformed.")
         else:
             self.loose = max(0, self.loose + len(data) - self.accounted)
             self.accounted = 0
-            if self.loose > self.limits.header_bytes:
+            if self.heading and self.target_bytes > self.limits.header_bytes:
+                self._break(414, "The request target is too long.")
+            elif max(self.loose, self.heading and self.head_bytes) > self.limits.header_bytes:
                 self._break(431, "The head of the request, or of a chunk, is too large.")
+
+    def _read_skipped(self, data: bytes | memoryview) -> None:
+        """Read the body of a request that asked for an upgrade, by a parser that does not see that."""
+        self.upgrading = False
+        framing = b"".join(
+            b"%b: %b\r\n" % pair
+            for pair in self.headers
+            if pair[0] in (b"content-length", b"transfer-encoding")
+        )
+        self.accounted = self.loose = 0
+        self.parser = httptools.HttpRequestParser(_Skipped(self))
+        self.parser.feed_data(b"PUT / HTTP/1.1\r\n" + framing + b"\r\n")
+        self._feed(data)
+
+    def end_skipped(self) -> None:
+        """The end of such a body."""
+        self.on_message_complete()
+        self.broken = True
 
     def _break(self, status: int, text: str) -> None:
         """End a connection whose bytes cannot be told apart any more, after the answers under way."""
@@ -330,7 +421,7 @@ class Connection(HttpToolsProtocol):
             self.accounted += size
             self.head_bytes += size
             if self.head_bytes <= self.limits.header_bytes:
-                super().on_header(name, value)
+                super().on_header(name, value.rstrip(b" \t"))  # RFC 9112 §5.1; the parser takes those before
 
     def on_chunk_header(self) -> None:
         """The size of a chunk."""
@@ -379,6 +470,8 @@ class Connection(HttpToolsProtocol):
             return 414, "The request target is too long."
         if self.head_bytes + self.target_bytes > self.limits.header_bytes:
             return 431, "The head of the request is too large."
+        if version not in ("1.0", "1.1"):
+            return 505, "Only HTTP 1.0 and 1.1 are spoken here."
         hosts = lengths = 0
         codings: list[bytes] = []
         for name, value in self.headers:
@@ -389,6 +482,7 @@ class Connection(HttpToolsProtocol):
             elif name == b"content-length":
                 lengths += 1
         self.declared = lengths == 1 and not codings
+        self.upgrading = bool(lengths or codings) and self.parser.should_upgrade()
         if hosts > 1 or (hosts == 0 and version != "1.0"):
             return 400, "A request has exactly one Host field."
         if lengths > 1 or (codings and (version == "1.0" or lengths)):
@@ -429,6 +523,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        if self.upgrading:
+            return
         self.declared = False
         if not self.cycle.disconnected:
             self.cycle.more_body = False
@@ -444,6 +540,5 @@ class Connection(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start(cycle, app)  # type: ignore[arg-type]
         else:
-            self.deadline = self.loop.time() + (
-                self.limits.header_timeout_s if self.heading else self.limits.idle_timeout_s
-            )
+            idle_s = _LAST_REQUEST_S if self.draining else self.limits.idle_timeout_s
+            self.deadline = self.loop.time() + (self.limits.header_timeout_s if self.heading else idle_s)

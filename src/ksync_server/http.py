@@ -62,7 +62,7 @@ class Body:
     `received` tells whether reading began: the edge drains what a refused upload still sends.
     """
 
-    __slots__ = ("_more", "_receive", "length", "received", "started")
+    __slots__ = ("_more", "_receive", "guard", "length", "received", "started")
 
     def __init__(self, receive: Receive, length: int | None) -> None:
         self._receive = receive
@@ -70,6 +70,7 @@ class Body:
         self.length = length  # declared Content-Length in bytes; None = chunked or no body
         self.received = 0
         self.started = False
+        self.guard: Callable[[], None] | None = None  # raises when no more may come in
 
     @property
     def complete(self) -> bool:
@@ -81,6 +82,7 @@ class Body:
 
         Raises:
             ClientGone: the peer closed before the end of the body.
+            ClientError: what the guard says.
         """
         self.started = True
         while self._more:
@@ -91,6 +93,8 @@ class Body:
             self._more = bool(message.get("more_body", False))
             piece: bytes = message.get("body", b"")
             if piece:
+                if self.guard is not None:
+                    self.guard()
                 self.received += len(piece)
                 return piece
         if self.length is not None and self.received != self.length:

@@ -1,91 +1,98 @@
 """Durable work in rows: claimed by a lease, fenced by a random token, run by any process of any node.
 
-A worker that dies loses its lease, and another one takes the job up. What a worker writes after it lost its
-lease misses, because its fence does not match any more.
+    enqueue(tx, kind, arguments) -> row -> claim -> handler(Job) -> done | failed | cancelled | ready again
+                                                      |
+                                                      +- Job.checkpoint: effects in our store, where to go on
+                                                         and the lease, in one transaction
+
+A worker that dies stops renewing its lease, and another one takes the job up at its last checkpoint. Whatever
+the first one still writes misses, because its fence does not match any more: an effect in our store happens
+once. No clock decides that a worker is dead: a lease is taken over when a neighbour saw it stand still for
+several of its own steady ticks. Times in rows are the database's.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import random
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any, NoReturn
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
 
-from ksync_server.errors import KsyncError
+from ksync_server import settings as configuration
+from ksync_server.errors import Conflict, KsyncError, NotFound, Permanent, RemoteError
 from ksync_server.store import tables as t
-from ksync_server.store.database import Database, Write
+from ksync_server.store.database import Database, Read, Row, Write
 
 log = logging.getLogger(__name__)
 
-_job = t.job
-_due = _job.alias("due")
-_CLAIM = (
-    sa.update(_job)
-    .where(
-        _job.c.id
-        == sa.select(_due.c.id)
-        .where(
-            sa.or_(
-                sa.and_(_due.c.state == "ready", _due.c.run_at <= sa.bindparam("now")),
-                sa.and_(_due.c.state == "running", _due.c.lease_until < sa.bindparam("now")),
-            )
-        )
-        .order_by(_due.c.run_at, _due.c.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    .values(
-        state="running",
-        lease_until=sa.bindparam("until"),
-        fence=sa.bindparam("fence_"),
-        attempts=_job.c.attempts + 1,
-    )
-    .returning(_job.c.id, _job.c.kind, _job.c.arguments, _job.c.every_s, _job.c.attempts, _job.c.checkpoint)
-)
-_mine = sa.and_(_job.c.id == sa.bindparam("id_"), _job.c.fence == sa.bindparam("fence_"))
-_RENEW = sa.update(_job).where(_mine).values(lease_until=sa.bindparam("until")).returning(_job.c.id)
-_FINISH = (
-    sa.update(_job)
-    .where(_mine)
-    .values(
-        state=sa.bindparam("state_"),
-        run_at=sa.bindparam("run_at_"),
-        lease_until=None,
-        fence=None,
-        attempts=sa.bindparam("attempts_"),
-        last_error=sa.bindparam("error_"),
-    )
-    .returning(_job.c.id)
-)
-_FIND = sa.select(_job.c.id, _job.c.every_s).where(_job.c.key == sa.bindparam("key_"))
-_NEW = sa.insert(_job).values(
-    kind=sa.bindparam("kind_"),
-    key=sa.bindparam("key_"),
-    arguments=sa.bindparam("arguments_"),
-    state="ready",
-    run_at=sa.bindparam("run_at_"),
-    every_s=sa.bindparam("every_"),
-    attempts=0,
-)
-_RHYTHM = sa.update(_job).where(_job.c.id == sa.bindparam("id_")).values(every_s=sa.bindparam("every_"))
-
-_LONGEST_RETRY_S = 3600
+STATES = ("ready", "running", "done", "failed", "cancelled")
 _LAST_ERROR = 500  # characters kept
+_TICK_S = 2.0  # progress is written this often
+_STILL_TICKS = 5  # a lease seen unchanged so often, a third of its length apart, is a dead worker's
+_PRUNED_AT_ONCE = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Periodic:
-    """Work that comes round: one row, so one run at a time over all nodes."""
+class Priority(IntEnum):
+    """What goes first among the jobs that are due."""
 
-    kind: str
-    every_s: int
-    run: Callable[[], object]  # does its own transactions, is safe to repeat from its start
+    URGENT = 10  # somebody waits for it
+    NORMAL = 0
+    BACKGROUND = -10
+
+
+class Now(FunctionElement[int]):
+    """Unix seconds by the database's clock: the same one for all nodes."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+    name = "ksync_now"
+
+
+@compiles(Now, "sqlite")
+def _sqlite_now(element: Now, compiler: Any, **options: Any) -> str:
+    return "CAST(strftime('%s', 'now') AS INTEGER)"
+
+
+@compiles(Now, "postgresql")
+def _postgresql_now(element: Now, compiler: Any, **options: Any) -> str:
+    return "CAST(floor(extract(epoch FROM now())) AS bigint)"
+
+
+# -- what handlers see ----------------------------------------------------------------------------
+
+
+class LeaseLost(KsyncError):
+    """Another worker has taken the job; what this one still does about it must not be kept."""
+
+
+class Left(BaseException):
+    """A job leaves its handler before its end. No error: it passes handlers as KeyboardInterrupt does."""
+
+
+class Cancelled(Left):
+    """Somebody asked for it; what was checkpointed stays."""
+
+
+class Yielded(Left):
+    """It goes on later from its last checkpoint, for others' sake or because it asked to; no failure."""
+
+    def __init__(self, wait_s: float = 0.0) -> None:
+        super().__init__(wait_s)
+        self.wait_s = wait_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,182 +101,705 @@ class Claim:
 
     id: int
     kind: str
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     every_s: int | None
     attempts: int
-    checkpoint: str | None
+    checkpoint: Any  # what the last one kept; None = from the start
     fence: str
+    lease_s: int
 
 
-class LeaseLost(KsyncError):
-    """Another worker has taken the job; what this one still does about it must not be kept."""
+class Job:
+    """A claimed job in its handler's hands. `state` is what the last checkpoint kept, None at the start."""
 
+    def __init__(self, database: Database, claim: Claim, leave: Callable[[], bool] = lambda: False) -> None:
+        self.id = claim.id
+        self.arguments = claim.arguments
+        self.state = claim.checkpoint
+        self.cancelled = False  # asked for; known within a third of a lease, and at once by a checkpoint
+        self.claim = claim
+        self.database = database
+        self.tries = claim.attempts  # without a checkpoint between them
+        self._leave = leave
+        self._said: str | None = None
+        self.is_unsaid = False  # what `progress` said is not written yet
 
-def ensure(database: Database, work: Iterable[Periodic]) -> None:
-    """Make sure that periodic work has its rows, due at once when new; safe from several processes."""
-    now = int(time.time())
-    for each in work:
-        arguments = {
-            "kind_": each.kind,
-            "key_": f"periodic {each.kind}",
-            "arguments_": "{}",
-            "run_at_": now,
-            "every_": each.every_s,
+    def checkpoint(self, state: object, effects: Callable[[Write], object] | None = None) -> None:
+        """Keep effects in our store, where to go on, and the lease: all three or nothing.
+
+        Args:
+            state: small JSON that `Job.state` has when the job goes on, never a secret.
+            effects: changes rows; runs in the transaction, as a function given to `Database.write` does.
+
+        Raises:
+            LeaseLost: it is somebody else's by now; nothing was kept.
+            Cancelled: kept, and the job was asked to end.
+            Yielded: kept, and others wait or the process stops.
+
+        Cost: one transaction, one UPDATE besides the effects.
+        """
+        text = json.dumps(state)
+        self.is_unsaid = False
+
+        def commit(tx: Write) -> bool:
+            # First: from here to the end of the transaction nobody can take the job over.
+            row = tx.one(_CHECKPOINT, {**self.values(), "checkpoint_": text})
+            if row is None:
+                raise LeaseLost(self.claim.kind)
+            if effects is not None:
+                effects(tx)
+            return bool(row[0])
+
+        self.cancelled = self.database.write(commit)
+        self.state, self.tries = json.loads(text), 1
+        if self.cancelled:
+            raise Cancelled
+        if self._leave():
+            raise Yielded
+
+    def progress(self, **fields: object) -> None:
+        """Say to people how far it is, never a secret; replaces what was said, written within seconds."""
+        self._said, self.is_unsaid = json.dumps(fields), True
+
+    def postpone(self, wait_s: float) -> NoReturn:
+        """Leave now and go on after `wait_s`, from the last checkpoint; no failure.
+
+        Raises:
+            Yielded: always.
+        """
+        raise Yielded(wait_s)
+
+    def values(self) -> dict[str, object]:
+        """What every statement about a claimed job needs."""
+        claim = self.claim
+        return {
+            "id_": claim.id,
+            "fence_": claim.fence,
+            "lease_": claim.lease_s,
+            "progress_": self._said,
         }
 
-        def put(tx: Write, arguments: dict[str, object] = arguments) -> None:
-            found = tx.one(_FIND, arguments)
-            if found is None:
-                tx.execute(_NEW, arguments)
-            elif found[1] != arguments["every_"]:
-                tx.fast(_RHYTHM, {**arguments, "id_": found[0]})
 
-        try:
-            database.write(put)
-        except sa.exc.IntegrityError:  # another node was quicker
-            continue
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """What runs the jobs of one kind.
+
+    `run` may raise Permanent (the job has failed) or anything else (it is tried again after a pause that
+    doubles). It begins at `Job.state` and may be run again from there.
+    """
+
+    run: Callable[[Job], object]
+    attempts: int | None = None  # most tries without a checkpoint between them; None = jobs.attempts
+
+
+@dataclass(frozen=True, slots=True)
+class Periodic:
+    """Work that comes round: one row, so one run at a time over all nodes; it never fails for good."""
+
+    kind: str
+    every_s: int
+    run: Callable[[], object] | None = None  # safe to repeat from its start; None = the handler of its kind
+    at_s: int | None = None  # seconds after midnight UTC on whose grid runs lie; None = after the last run
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+_job = t.job
+_due = _job.alias("due")
+_other = _job.alias("other")
+_id = sa.bindparam("id_", type_=sa.BigInteger)
+_lease = Now() + sa.bindparam("lease_", type_=sa.BigInteger)
+_mine = sa.and_(_job.c.id == _id, _job.c.fence == sa.bindparam("fence_", type_=sa.Text))
+_CLAIMED = (_job.c.id, _job.c.kind, _job.c.arguments, _job.c.every_s, _job.c.attempts, _job.c.checkpoint)
+_TAKEN = {
+    "state": "running",
+    "lease_until": _lease,
+    "fence": sa.bindparam("new_fence_", type_=sa.Text),
+    "worker": sa.bindparam("worker_", type_=sa.Text),
+    "attempts": _job.c.attempts + 1,
+}
+_TAKE_OVER = (
+    sa.update(_job)
+    .where(_mine, _job.c.lease_until == sa.bindparam("seen_", type_=sa.BigInteger))
+    .values(_TAKEN)
+    .returning(*_CLAIMED, _job.c.concurrency)
+)
+# Never the same value twice: neighbours tell a living worker by the change, whatever the clock does.
+_KEPT = {
+    "lease_until": sa.case((_job.c.lease_until >= _lease, _job.c.lease_until + 1), else_=_lease),
+    "progress": sa.func.coalesce(sa.bindparam("progress_", type_=sa.Text), _job.c.progress),
+}
+_RENEW = sa.update(_job).where(_mine).values(_KEPT).returning(_job.c.cancel_asked)
+_CHECKPOINT = (
+    sa.update(_job)
+    .where(_mine)
+    .values({**_KEPT, "checkpoint": sa.bindparam("checkpoint_", type_=sa.Text), "attempts": 1})
+    .returning(_job.c.cancel_asked)
+)
+_state = sa.bindparam("state_", type_=sa.Text)
+_is_once = _job.c.every_s.is_(None)
+_next_state = sa.case((sa.and_(_state == "ready", _job.c.cancel_asked, _is_once), "cancelled"), else_=_state)
+_FINISH = (
+    sa.update(_job)
+    .where(_mine)
+    .values(
+        state=_next_state,
+        run_at=Now() + sa.bindparam("wait_", type_=sa.BigInteger),
+        lease_until=None,
+        fence=None,
+        worker=None,
+        cancel_asked=sa.false(),
+        attempts=sa.bindparam("attempts_", type_=sa.Integer),
+        checkpoint=sa.case(
+            (sa.bindparam("anew_", type_=sa.Integer) == 1, sa.null()), else_=_job.c.checkpoint
+        ),
+        progress=sa.func.coalesce(sa.bindparam("progress_", type_=sa.Text), _job.c.progress),
+        last_error=sa.bindparam("error_", type_=sa.Text),
+        ended_at=sa.case((_next_state != "ready", Now()), else_=sa.null()),
+    )
+    .returning(_job.c.state)
+)
+_NOW = sa.select(Now())
+_ANY_DUE = sa.select(_job.c.id).where(_job.c.state == "ready", _job.c.run_at <= Now()).limit(1)
+_RUNNING = sa.select(_job.c.id, _job.c.kind, _job.c.fence, _job.c.lease_until).where(
+    _job.c.state == "running"
+)
+_kind = _job.c.kind == sa.bindparam("kind_", type_=sa.Text)
+_RECENT = (
+    sa.select(sa.func.count(), sa.func.min(_job.c.ended_at))
+    .select_from(_job)
+    .where(_kind, _job.c.ended_at > sa.bindparam("since_", type_=sa.BigInteger))
+)
+_WAITING = sa.select(sa.func.count()).select_from(_job).where(_kind, _job.c.state == "ready")
+_BESIDE = sa.select(sa.func.count()).where(
+    _job.c.concurrency == sa.bindparam("key_", type_=sa.Text), _job.c.state == "running", _job.c.id != _id
+)
+_AT_MOST = sa.select(_job.c.at_most).where(_job.c.id == _id)
+_LOCK = sa.select(
+    sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(sa.bindparam("key_", type_=sa.Text), 0))
+)
+_FIND = sa.select(_job.c.id, _job.c.every_s, _job.c.run_at).where(
+    _job.c.key == sa.bindparam("key_", type_=sa.Text)
+)
+_RHYTHM = (
+    sa.update(_job)
+    .where(_job.c.id == _id)
+    .values(every_s=sa.bindparam("every_"), run_at=sa.bindparam("run_at_"))
+)
+_INSERT = {
+    "sqlite": sqlite.insert(_job).on_conflict_do_nothing(index_elements=["key"]).returning(_job.c.id),
+    "postgresql": postgresql.insert(_job).on_conflict_do_nothing(index_elements=["key"]).returning(_job.c.id),
+}
+
+
+@lru_cache(maxsize=16)
+def _claim_of(kinds: frozenset[str]) -> tuple[sa.Executable, sa.Executable]:
+    """The statements that find and take one ready job of one priority; made once per set of kinds."""
+    # Not correlated: found once, however many due jobs of a full key stand in front.
+    full = (
+        sa.select(_other.c.concurrency)
+        .where(_other.c.state == "running", _other.c.concurrency.is_not(None))
+        .group_by(_other.c.concurrency)
+        .having(sa.func.count() >= sa.func.min(_other.c.at_most))
+    )
+    chosen = (
+        sa.select(_due.c.id)
+        .where(_due.c.state == "ready", _due.c.priority == sa.bindparam("priority_", type_=sa.Integer))
+        .where(_due.c.run_at <= Now(), sa.or_(_due.c.concurrency.is_(None), _due.c.concurrency.not_in(full)))
+        .where(sa.or_(*(_due.c.kind == kind for kind in sorted(kinds))))
+        .order_by(_due.c.run_at, _due.c.id)
+        .limit(1)
+    )
+    locked = chosen.with_for_update(skip_locked=True, of=_due).scalar_subquery()
+    take = sa.update(_job).where(_job.c.id == locked).values(_TAKEN)
+    return chosen, take.returning(*_CLAIMED, _job.c.concurrency)
+
+
+class _Full(Exception):
+    """Another node took the last place of the job's concurrency key a moment ago."""
 
 
 def enqueue(
-    tx: Write, kind: str, arguments: dict[str, object], *, key: str | None = None, run_at: int | None = None
+    tx: Write,
+    kind: str,
+    arguments: dict[str, object],
+    *,
+    key: str | None = None,
+    run_at: int | None = None,
+    priority: Priority = Priority.NORMAL,
+    concurrency: str | None = None,
+    at_most: int = 1,
+    account_id: int | None = None,
 ) -> int | None:
     """Queue work in the transaction of its cause: it exists if and only if the change does.
 
     Args:
-        kind: what a worker has a handler for.
+        kind: what a worker has a handler for; it waits where none has.
         arguments: small JSON, never a secret.
-        key: at most one job of this key is ever queued; None = any number.
+        key: at most one job of this key is ever queued, while its row is kept; None = any number.
         run_at: Unix seconds before which it does not run; None = now.
+        concurrency: of the jobs with this key, `at_most` run at once, over all nodes (of several numbers the
+            smallest counts); None = no bound.
+        account_id: whose job it is; it goes with the account. None = the server's.
 
     Returns:
         The job's id, None where one of that key is there.
 
-    Cost: one insert, and one indexed read with a key.
+    Cost: one insert.
     """
-    if key is not None and tx.one(_FIND, {"key_": key}) is not None:
-        return None
-    now = int(time.time())
     row = {
         "kind": kind,
         "key": key,
         "arguments": json.dumps(arguments, sort_keys=True),
         "state": "ready",
-        "run_at": now if run_at is None else run_at,
+        "run_at": Now() if run_at is None else run_at,
+        "priority": int(Priority(priority)),
+        "concurrency": concurrency,
+        "at_most": at_most,
+        "account_id": account_id,
         "attempts": 0,
-        "created_at": now,
+        "created_at": Now(),
     }
-    number: int = tx.execute(sa.insert(_job).returning(_job.c.id), row).scalar_one()
+    number: int | None = tx.execute(_INSERT[tx.dialect].values(row)).scalar()
     return number
 
 
-def claim(database: Database, lease_s: float) -> Claim | None:
-    """Take the job that is due longest, or one whose worker died.
+def ensure(database: Database, work: Iterable[Periodic]) -> None:
+    """Make sure that periodic work has its rows, due at once when new; safe from several processes."""
+    for each in work:
+
+        def put(tx: Write, each: Periodic = each) -> None:
+            now = int(tx.scalar(_NOW))
+            run_at = now if each.at_s is None else now + _until(now, each.every_s, each.at_s)
+            key = f"periodic {each.kind}"
+            found = tx.one(_FIND, {"key_": key})
+            if found is None:
+                enqueue(tx, each.kind, {}, key=key, run_at=run_at)
+                found = tx.one(_FIND, {"key_": key})
+            assert found is not None
+            # Far in the future: the rhythm became shorter, or the clock was ahead once.
+            if found[1] != each.every_s or found[2] > now + each.every_s:
+                at = min(found[2], run_at if each.at_s is not None else now + each.every_s)
+                tx.fast(_RHYTHM, {"id_": found[0], "every_": each.every_s, "run_at_": at})
+
+        database.write(put)
+
+
+def _until(now: int, every_s: int, at_s: int) -> int:
+    """Seconds to the next point of the grid, never 0."""
+    return every_s - (now - at_s) % every_s
+
+
+def claim(database: Database, kinds: Iterable[str], *, lease_s: float, worker: str = "") -> Claim | None:
+    """Take the ready job of the highest priority that is due longest and whose concurrency key has room.
 
     Returns:
-        None where nothing is due.
+        None where there is none of these kinds.
 
-    Cost: one UPDATE with an indexed subquery.
+    Cost: one indexed read where nothing is due, one per priority where nothing can be taken (it looks at each
+        due job in front whose key is full); else a transaction of one UPDATE.
     """
-    now = int(time.time())
-    fence = secrets.token_hex(8)
-    arguments = {"now": now, "until": now + int(lease_s), "fence_": fence}
-    row = database.write(lambda tx: tx.one(_CLAIM, arguments))
-    if row is None:
+    known = frozenset(kinds)
+    if not known or not database.fast(_ANY_DUE):
         return None
-    number, kind, given, every_s, attempts, checkpoint = row
-    return Claim(number, kind, json.loads(given), every_s, attempts, checkpoint, fence)
+    find, statement = _claim_of(known)
+    first = next((each for each in Priority if database.fast(find, {"priority_": int(each)})), None)
+    if first is None:
+        return None
+    values = _taking(lease_s, worker)
+
+    def take(tx: Write) -> Row | None:
+        row = tx.one(statement, {**values, "priority_": int(first)})
+        if row is not None:
+            _require_room(tx, row)
+        return row
+
+    try:
+        row = database.write(take)
+    except _Full:  # it is asked for again at the next look
+        return None
+    return None if row is None else _claimed(row, values)
 
 
-def renew(database: Database, job: Claim, lease_s: float) -> None:
-    """Keep a job for longer.
+def take_over(
+    database: Database, number: int, fence: str, lease_until: int, *, lease_s: float, worker: str = ""
+) -> Claim | None:
+    """Take a job from a dead worker: its place under its concurrency key comes along.
 
-    Raises:
-        LeaseLost: it is somebody else's by now.
+    Args:
+        fence: of the dead worker.
+        lease_until: as it stood still.
+
+    Returns:
+        None where the worker lives after all, or another one was quicker.
     """
-    arguments = {"id_": job.id, "fence_": job.fence, "until": int(time.time() + lease_s)}
-    if database.write(lambda tx: tx.one(_RENEW, arguments)) is None:
-        raise LeaseLost(job.kind)
+    values = _taking(lease_s, worker)
+    before = {"id_": number, "fence_": fence, "seen_": lease_until}
+    row = database.write(lambda tx: tx.one(_TAKE_OVER, {**values, **before}))
+    return None if row is None else _claimed(row, values)
 
 
-def finish(database: Database, job: Claim, error: str | None = None) -> None:
-    """Give a job back: done, or due again after its rhythm, or later after a failure.
+def _taking(lease_s: float, worker: str) -> dict[str, Any]:
+    return {"lease_": max(1, round(lease_s)), "new_fence_": secrets.token_hex(8), "worker_": worker}
+
+
+def _claimed(row: Row, values: Mapping[str, Any]) -> Claim:
+    number, kind, arguments, every_s, attempts, checkpoint, _ = row
+    state = None if checkpoint is None else json.loads(checkpoint)
+    fence, lease_s = values["new_fence_"], values["lease_"]
+    return Claim(number, kind, json.loads(arguments), every_s, attempts, state, fence, lease_s)
+
+
+def _require_room(tx: Write, row: Row) -> None:
+    """PostgreSQL: claims of one key go one after the other from here on, each seeing those before it."""
+    number, key = row[0], row[6]
+    if key is None or tx.dialect == "sqlite":
+        return
+    tx.fast(_LOCK, {"key_": key})
+    if tx.scalar(_BESIDE, {"id_": number, "key_": key}) >= tx.scalar(_AT_MOST, {"id_": number}):
+        raise _Full
+
+
+def finish(
+    database: Database,
+    job: Job,
+    state: str,
+    *,
+    wait_s: float = 0,
+    attempts: int = 0,
+    error: str | None = None,
+    anew: bool = False,
+) -> str:
+    """Give a job back.
+
+    Args:
+        state: done, failed, cancelled; ready = due again after `wait_s`, unless it was cancelled meanwhile.
+        attempts: what counts as tried so far.
+        anew: the next run begins from the start.
+
+    Returns:
+        The state it has now.
 
     Raises:
         LeaseLost: it is somebody else's by now; nothing was written.
     """
-    now = int(time.time())
-    wait_s = min(30 * 2 ** min(job.attempts, 10), _LONGEST_RETRY_S) if error else job.every_s or 0
-    arguments = {
-        "id_": job.id,
-        "fence_": job.fence,
-        "state_": "ready" if error or job.every_s else "done",
-        "run_at_": now + (min(wait_s, job.every_s) if job.every_s else wait_s),
-        "attempts_": job.attempts if error else 0,
+    values = {
+        **job.values(),
+        "state_": state,
+        "wait_": round(wait_s),
+        "attempts_": attempts,
         "error_": error[:_LAST_ERROR] if error else None,
+        "anew_": int(anew),
     }
-    if database.write(lambda tx: tx.one(_FINISH, arguments)) is None:
-        raise LeaseLost(job.kind)
+    row = database.write(lambda tx: tx.one(_FINISH, values))
+    if row is None:
+        raise LeaseLost(job.claim.kind)
+    return str(row[0])
+
+
+# -- for operators --------------------------------------------------------------------------------
+
+
+def list_jobs(
+    tx: Read,
+    *,
+    states: Iterable[str] = (),
+    kind: str | None = None,
+    number: int | None = None,
+    limit: int = 50,
+) -> list[dict[str, Any]]:
+    """Jobs as plain values, the newest first; `number` names a single one."""
+    c = _job.c
+    columns = (c.id, c.kind, c.state, t.account.c.sync_id.label("account"), c.priority, c.attempts)
+    times = (c.created_at, c.run_at, c.every_s, c.ended_at, c.worker, c.cancel_asked)
+    rest = (c.concurrency, c.at_most, c.progress, c.last_error, c.arguments, c.checkpoint)
+    statement = sa.select(*columns, *times, *rest).select_from(_job.outerjoin(t.account))
+    if wanted := tuple(states):
+        statement = statement.where(c.state.in_(wanted))
+    if kind is not None:
+        statement = statement.where(c.kind == kind)
+    if number is not None:
+        statement = statement.where(c.id == number)
+    rows = [dict(row._mapping) for row in tx.execute(statement.order_by(c.id.desc()).limit(limit))]
+    for row in rows:
+        for name in ("progress", "arguments", "checkpoint"):
+            row[name] = None if row[name] is None else json.loads(row[name])
+    return rows
+
+
+def get_job(tx: Read, number: int) -> dict[str, Any]:
+    """One job.
+
+    Raises:
+        NotFound: there is none, or not any more.
+    """
+    rows = list_jobs(tx, number=number)
+    if not rows:
+        raise NotFound(f"There is no job {number}.")
+    return rows[0]
+
+
+def pace(tx: Read, kind: str, *, within_s: int) -> tuple[int, int, int]:
+    """For a kind that must keep to a rate over all nodes: how many jobs of it ended in the last seconds, how
+    many seconds ago the first of those did, and how many wait."""
+    now = int(tx.scalar(_NOW))
+    ended, first = tx.fast(_RECENT, {"kind_": kind, "since_": now - within_s})[0]
+    return int(ended), now - int(first or now), int(tx.scalar(_WAITING, {"kind_": kind}))
+
+
+def cancel(tx: Write, number: int) -> str:
+    """End a waiting job now, a running one at its next checkpoint.
+
+    Returns:
+        `cancelled`, or `running` while it is asked to end.
+
+    Raises:
+        NotFound: no such job.
+        Conflict: it has ended, or comes round and does not run now.
+    """
+    c = _job.c
+    waiting = sa.update(_job).where(c.id == number, c.state == "ready", c.every_s.is_(None))
+    if tx.execute(waiting.values(state="cancelled", ended_at=Now())).rowcount:
+        return "cancelled"
+    running = sa.update(_job).where(c.id == number, c.state == "running")
+    if tx.execute(running.values(cancel_asked=True)).rowcount:
+        return "running"
+    row = get_job(tx, number)
+    if row["state"] == "ready":
+        raise Conflict(f"Job {number} comes round by itself; only a run of it can be cancelled.")
+    raise Conflict(f"Job {number} is {row['state']} already.")
+
+
+def retry(tx: Write, number: int) -> None:
+    """Let a failed, cancelled or waiting job run now, from its last checkpoint and with all its tries.
+
+    Raises:
+        NotFound: no such job.
+        Conflict: it runs, or is done.
+    """
+    c = _job.c
+    which = sa.update(_job).where(c.id == number, c.state.in_(("ready", "failed", "cancelled")))
+    if tx.execute(which.values(state="ready", run_at=Now(), attempts=0, ended_at=None)).rowcount == 0:
+        raise Conflict(f"Job {number} is {get_job(tx, number)['state']}.")
+
+
+def prune(database: Database, days: int) -> int:
+    """Forget jobs that ended longer ago; how many.
+
+    Cost: one transaction per 500 of them.
+    """
+    old = (
+        sa.select(_job.c.id)
+        .where(_job.c.ended_at < Now() - days * 86400)
+        .order_by(_job.c.ended_at)
+        .limit(_PRUNED_AT_ONCE)
+    )
+    delete = sa.delete(_job).where(_job.c.id.in_(old))
+    count = 0
+    while gone := database.write(lambda tx: tx.execute(delete).rowcount):
+        count += gone
+    return count
+
+
+# -- the loop -------------------------------------------------------------------------------------
 
 
 class Runner:
-    """The loop of a job worker: claim, run while the lease is renewed, give back."""
+    """The job worker of a process: threads that claim and run jobs, and one that keeps their leases."""
 
     def __init__(
-        self, database: Database, work: Iterable[Periodic], *, lease_s: float = 60.0, poll_s: float = 5.0
+        self,
+        database: Database,
+        periodic: Iterable[Periodic] = (),
+        handlers: Mapping[str, Handler] | None = None,
+        settings: configuration.Jobs | None = None,
     ) -> None:
         self._database = database
-        self._work = {each.kind: each for each in work}
-        self._lease_s = lease_s
-        self._poll_s = poll_s
+        self._settings = settings or configuration.Jobs()
+        self._periodic = {each.kind: each for each in periodic}
+        self._handlers = dict(handlers or {})
+        for each in self._periodic.values():
+            if each.run is not None:
+                self._handlers[each.kind] = Handler(_without_job(each.run))
+        self._name = f"{socket.gethostname()}/{os.getpid()}"
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._active: dict[str, Job] = {}  # by fence: what this process must keep
+        self._still: dict[tuple[int, str, int], int] = {}  # leases of others -> ticks without a change
+        self._orphans: list[tuple[int, str, int]] = []
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set; a job under way is finished first."""
-        ensure(self._database, self._work.values())
-        while not stop.is_set():
+        """Work until `stop` is set; jobs under way leave at their next checkpoint."""
+        self._stop = stop
+        over = threading.Event()
+        names = [f"job-{number}" for number in range(self._settings.workers)]
+        threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
+        keeper = threading.Thread(target=self._keep, args=(over,), name="leases", daemon=True)
+        self._ensure()
+        for thread in (*threads, keeper):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        over.set()
+        keeper.join()
+
+    def _ensure(self) -> None:
+        while not self._stop.is_set():
+            try:
+                ensure(self._database, self._periodic.values())
+            except KsyncError as error:  # the database is away
+                log.warning("jobs wait", extra={"reason": str(error)})
+                self._stop.wait(self._settings.poll_s)
+            else:
+                return
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
             try:
                 worked = self.step()
-            except KsyncError as error:  # the database is away: it is asked again after a pause
-                log.warning("jobs wait", extra={"reason": str(error)})
+            except Exception as error:  # the job loop is a boundary: it must outlive whatever a step meets
+                log.warning(
+                    "jobs wait", exc_info=not isinstance(error, KsyncError), extra={"reason": str(error)}
+                )
                 worked = False
             if not worked:
-                stop.wait(self._poll_s)
+                # Spread, so that the threads of all nodes do not look at the same moment.
+                self._stop.wait(self._settings.poll_s * random.uniform(0.5, 1))  # noqa: S311
 
     def step(self) -> bool:
         """Run at most one job; returns whether there was one."""
-        job = claim(self._database, self._lease_s)
-        if job is None:
+        claimed = self._claim()
+        if claimed is None:
             return False
         began = time.monotonic()
-        error = self._attempt(job)
+
+        def leave() -> bool:
+            over = time.monotonic() - began > self._settings.slice_s
+            return self._stop.is_set() or (over and bool(self._database.fast(_ANY_DUE)))
+
+        job = Job(self._database, claimed, leave)
+        with self._lock:
+            self._active[claimed.fence] = job
         try:
-            finish(self._database, job, error)
-        except LeaseLost:
-            log.warning("lease lost", extra={"kind": job.kind})
-        seconds = round(time.monotonic() - began, 3)
-        log.info("job", extra={"kind": job.kind, "seconds": seconds, "error": error})
+            state, error = self._attempt(job)
+        finally:
+            with self._lock:
+                del self._active[claimed.fence]
+        fields = {"id": job.id, "kind": claimed.kind, "seconds": round(time.monotonic() - began, 3)}
+        log.info("job", extra={**fields, "state": state, "error": error})
         return True
 
-    def _attempt(self, job: Claim) -> str | None:
-        """The error's text, None when the work was done."""
-        work = self._work.get(job.kind)
-        if work is None:
-            return "this program does not know that kind of work"
-        over = threading.Event()
-        keeper = threading.Thread(target=self._keep, args=(job, over), name="lease", daemon=True)
-        keeper.start()
-        try:
-            work.run()
-        except Exception as error:  # the job loop is a boundary: one bad job must not end the others
-            log.exception("job failed", extra={"kind": job.kind})
-            return f"{type(error).__name__}: {error}"
-        finally:
-            over.set()
-            keeper.join()
-        return None
+    def _claim(self) -> Claim | None:
+        lease_s = self._settings.lease_s
+        with self._lock:
+            orphan = self._orphans.pop() if self._orphans else None
+        if orphan is not None:
+            claimed = take_over(self._database, *orphan, lease_s=lease_s, worker=self._name)
+            if claimed is not None:
+                log.warning("job of a dead worker", extra={"id": claimed.id, "kind": claimed.kind})
+                return claimed
+        return claim(self._database, self._handlers, lease_s=lease_s, worker=self._name)
 
-    def _keep(self, job: Claim, over: threading.Event) -> None:
-        while not over.wait(self._lease_s / 3):
+    def _attempt(self, job: Job) -> tuple[str, str | None]:
+        """Run the handler once and give the job back: its new state, and what went wrong."""
+        claimed = job.claim
+        handler = self._handlers[claimed.kind]
+        most = handler.attempts or self._settings.attempts
+        try:
+            if claimed.every_s is None and claimed.attempts > most:
+                raise Permanent(f"given up: the worker died in each of {most} tries")
+            handler.run(job)
+        except LeaseLost:
+            return "lost", None
+        except Cancelled:
+            return self._ended(job, "cancelled"), None
+        except Yielded as left:
+            return self._give_back(job, "ready", wait_s=left.wait_s, attempts=job.tries - 1), None
+        except Permanent as error:
+            return self._failed(job, str(error), most, for_good=True)
+        except RemoteError as error:
+            return self._failed(job, str(error), most)
+        except Exception as error:  # the job loop is a boundary: one bad job must not end the others
+            if not isinstance(error, KsyncError):
+                log.exception("job failed", extra={"kind": claimed.kind})
+            return self._failed(job, f"{type(error).__name__}: {error}", most)
+        return self._ended(job, "done"), None
+
+    def _ended(self, job: Job, state: str) -> str:
+        periodic = self._periodic.get(job.claim.kind)
+        if job.claim.every_s is None or periodic is None:
+            return self._give_back(job, state)
+        wait_s = periodic.every_s
+        if periodic.at_s is not None:
+            wait_s = _until(int(self._database.fast(_NOW)[0][0]), periodic.every_s, periodic.at_s)
+        return self._give_back(job, "ready", wait_s=wait_s, anew=True)
+
+    def _failed(self, job: Job, error: str, most: int, *, for_good: bool = False) -> tuple[str, str]:
+        claimed, settings, tried = job.claim, self._settings, job.tries
+        if claimed.every_s is None and (for_good or tried >= most):
+            return self._give_back(job, "failed", attempts=tried, error=error), error
+        wait_s = min(settings.retry_s * 2 ** min(tried - 1, 20), settings.longest_retry_s)
+        if claimed.every_s is not None:
+            wait_s = min(wait_s, claimed.every_s)
+        wait_s *= random.uniform(0.5, 1)  # noqa: S311 - what failed together is not tried together
+        return self._give_back(job, "ready", wait_s=wait_s, attempts=tried, error=error), error
+
+    def _give_back(self, job: Job, state: str, **how: Any) -> str:
+        """`finish`, asked again while the database is away: what is done should not be done twice."""
+        until = time.monotonic() + self._settings.lease_s
+        while True:
             try:
-                renew(self._database, job, self._lease_s)
+                return finish(self._database, job, state, **how)
+            except LeaseLost:
+                return "lost"
             except KsyncError as error:
-                log.warning("lease not renewed", extra={"kind": job.kind, "reason": str(error)})
+                log.warning("jobs wait", extra={"reason": str(error)})
+                if self._stop.wait(self._settings.poll_s) or time.monotonic() > until:
+                    return "lost"
+
+    # -- leases -----------------------------------------------------------------------------------
+
+    def _keep(self, over: threading.Event) -> None:
+        third_s = self._settings.lease_s / 3
+        due = time.monotonic() + third_s
+        while not over.wait(min(third_s, _TICK_S)):
+            now = time.monotonic()
+            try:
+                if now >= due:
+                    self._renew(list(self._active.values()))
+                    self._watch()
+                    due = now + third_s
+                else:
+                    self._renew([job for job in list(self._active.values()) if job.is_unsaid])
+            except Exception as error:  # the job loop is a boundary: leases are kept whatever happens
+                log.warning("leases not renewed", extra={"reason": str(error)})
+
+    def _renew(self, active: list[Job]) -> None:
+        if not active:
+            return
+        values = [job.values() for job in active]
+        for job in active:
+            job.is_unsaid = False
+        rows = self._database.write(lambda tx: [tx.one(_RENEW, each) for each in values])
+        for job, row in zip(active, rows, strict=True):
+            if row is not None:
+                job.cancelled = bool(row[0])
+
+    def _watch(self) -> None:
+        """Count for how many ticks each lease of others has stood still; a tick without an answer is none."""
+        still: dict[tuple[int, str, int], int] = {}
+        orphans = []
+        for number, kind, fence, lease_until in self._database.fast(_RUNNING):
+            if fence in self._active or kind not in self._handlers:
+                continue
+            lease = (number, fence, lease_until)
+            still[lease] = self._still.get(lease, 0) + 1
+            if still[lease] >= _STILL_TICKS:
+                orphans.append(lease)
+        self._still = still
+        with self._lock:
+            self._orphans = orphans
+
+
+def _without_job(run: Callable[[], object]) -> Callable[[Job], object]:
+    return lambda job: run()

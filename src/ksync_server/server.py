@@ -8,12 +8,16 @@ SIGTERM and SIGINT stop: no new connections, requests under way get `server.shut
 reloads: the configuration is checked, new workers start on the same sockets, and the old ones drain only when
 all of those answer. A worker that dies is started again. When the supervisor dies, however it does, all end.
 
+Sockets that systemd opened (LISTEN_FDS) are used where their address is one of the configuration's. They
+outlive this program, so that even a restart refuses nobody: who comes in between waits in their backlog.
+
 Workers are forks of the supervisor, which has imported everything and runs no thread: a new one answers in
 milliseconds instead of seconds, and all share the memory of the code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -23,20 +27,25 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ksync_server import log as logs
+from ksync_server import settings as configuration
 from ksync_server import worker
+from ksync_server.auth.memory import Memory
 from ksync_server.errors import ConfigError
 from ksync_server.settings import Settings
+from ksync_server.tls import Certificates
 
 log = logging.getLogger(__name__)
 
 Address = tuple[str, int]
 
 _BACKLOG = 2048
+_FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 _FILES = 65536  # open files a process may have, where the system allows it: connections and transfers
 _STEADY_S = 10.0  # a worker that lived this long is started again at once
 _LONGEST_PAUSE_S = 30.0
@@ -49,7 +58,14 @@ class Bound:
     """Where the server listens, real port numbers included."""
 
     listen: tuple[Address, ...]
+    listen_tls: tuple[Address, ...]
     admin: Address | None
+
+
+def show(address: Address) -> str:
+    """`host:port` or `[ipv6]:port`."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_listen(text: str) -> Address:
@@ -72,24 +88,55 @@ def bind(address: Address) -> socket.socket:
     Raises:
         ConfigError: the address cannot be used; says why.
     """
-    host, port = address
     listener = None
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, protocol, _, place = _resolve(address)
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
         listener.bind(place)
         listener.listen(_BACKLOG)
         listener.setblocking(False)
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot listen on {show(address)}: {error.strerror or error}") from None
     return listener
+
+
+def _resolve(address: Address) -> Any:
+    host, port = address
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
+def inherited() -> tuple[socket.socket, ...]:
+    """Listening sockets that systemd, or whoever started us, has opened (sd_listen_fds(3)).
+
+    The variables are taken out of the environment: they are meant for this process alone.
+    """
+    meant_for = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if meant_for != str(os.getpid()) or not count.isdigit():
+        return ()
+    found = []
+    for descriptor in range(_FIRST_INHERITED, _FIRST_INHERITED + int(count)):
+        os.set_inheritable(descriptor, False)
+        each = socket.socket(fileno=descriptor)
+        if each.type == socket.SOCK_STREAM and each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            each.setblocking(False)
+            found.append(each)
+    return tuple(found)
+
+
+def notify(state: str) -> None:
+    """Tell systemd how we are (sd_notify(3)); nobody else listens."""
+    place = os.environ.get("NOTIFY_SOCKET", "")
+    if not place:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker, contextlib.suppress(OSError):
+        speaker.sendto(state.encode(), "\0" + place[1:] if place.startswith("@") else place)
 
 
 @dataclass(slots=True)
@@ -121,17 +168,72 @@ class _Child:
                 os.close(descriptor)
 
 
-@dataclass(slots=True)
 class _Sockets:
-    listen: dict[Address, socket.socket] = field(default_factory=dict)
-    admin: tuple[Address, socket.socket] | None = None
+    """Every listening socket by its setting (`listen`, `listen_tls`, `admin_listen`) and address."""
+
+    def __init__(self, given: tuple[socket.socket, ...] = ()) -> None:
+        self._given = given
+        self._open: dict[tuple[str, Address], socket.socket] = {}
+
+    def of(self, setting: str) -> tuple[socket.socket, ...]:
+        return tuple(each for (name, _), each in self._open.items() if name == setting)
 
     def bound(self) -> Bound:
-        admin = self.admin[1].getsockname()[:2] if self.admin else None
-        return Bound(tuple(each.getsockname()[:2] for each in self.listen.values()), admin)
+        def addresses(setting: str) -> tuple[Address, ...]:
+            return tuple(each.getsockname()[:2] for each in self.of(setting))
+
+        return Bound(
+            addresses("listen"), addresses("listen_tls"), next(iter(addresses("admin_listen")), None)
+        )
+
+    @property
+    def outlive(self) -> bool:
+        """Whether somebody else keeps every socket of clients open when we end."""
+        return all(each in self._given for each in (*self.of("listen"), *self.of("listen_tls")))
+
+    def change(self, server: configuration.Server) -> None:
+        """Open what the settings name and close what they do not; an address that is open already stays so.
+
+        Raises:
+            ConfigError: an address cannot be used; nothing has changed.
+        """
+        settings = [("listen", server.listen), ("listen_tls", server.listen_tls)]
+        settings.append(("admin_listen", (server.admin_listen,) if server.admin_listen else ()))
+        fresh: dict[tuple[str, Address], socket.socket] = {}
+        opened: list[socket.socket] = []
+        try:
+            for setting, texts in settings:
+                for text in texts:
+                    key = setting, parse_listen(text)
+                    found = self._open.get(key) or self._find_given(key[1])
+                    if found is None:
+                        found = bind(key[1])
+                        opened.append(found)
+                    fresh[key] = found
+        except ConfigError:
+            for each in opened:
+                each.close()
+            raise
+        for key, each in self._open.items():
+            if key not in fresh and each not in self._given:
+                each.close()
+        self._open = fresh
+
+    def _find_given(self, address: Address) -> socket.socket | None:
+        try:
+            place = _resolve(address)[4][:2]
+        except OSError:
+            return None
+        return next((each for each in self._given if each.getsockname()[:2] == place), None)
+
+    def unused(self) -> Iterator[Address]:
+        """What was given and no setting names."""
+        for each in self._given:
+            if each not in self._open.values():
+                yield each.getsockname()[:2]
 
     def close(self) -> None:
-        for each in [*self.listen.values(), *([self.admin[1]] if self.admin else [])]:
+        for each in {*self._open.values(), *self._given}:
             each.close()
 
 
@@ -148,17 +250,20 @@ class Supervisor:
         self,
         load: Callable[[], Settings],
         metrics: Path,
-        on_ready: Callable[[Bound], None] | None = None,
+        on_ready: Callable[[Bound], None],
     ) -> None:
         self._load = load
-        self._on_ready = on_ready
+        self._on_ready: Callable[[Bound], None] | None = on_ready
         self._settings = load()
+        self._memory = Memory(self._settings.auth.cache_entries)  # before any fork; lives as long as this
         self._sockets = _Sockets()
+        self._certificates: Certificates | None = None  # forks start with the last ones that were good
         self._children: list[_Child] = []
         self._generation = 1
         self._failures = 0
         self._restarts: list[tuple[float, str]] = []  # when, kind
         self._reloading: Settings | None = None  # the settings that the new generation runs with
+        self._reload_again = False  # asked for meanwhile: what was read may be older than that
         self._stopping_since: float | None = None
         self._selector = selectors.DefaultSelector()
         self._metrics = metrics
@@ -183,7 +288,11 @@ class Supervisor:
                 signal.signal(number, lambda *_: None)
             self._selector.register(wake, selectors.EVENT_READ, None)
             _raise_file_limit()
-            self._sockets = self._bind(self._settings, _Sockets())
+            self._certificates = _certificates(self._settings)
+            self._sockets = _Sockets(inherited())
+            self._sockets.change(self._settings.server)
+            for address in self._sockets.unused():
+                log.warning("a socket we were given is in no setting", extra={"listen": show(address)})
             gc.collect()
             gc.freeze()  # what is imported stays in memory that all workers share
             self._spawn_all(self._settings)
@@ -234,12 +343,16 @@ class Supervisor:
         if self._on_ready is not None:
             self._on_ready(self._sockets.bound())
             self._on_ready = None
+            notify("READY=1")
         if self._reloading is not None:
             self._settings, self._reloading = self._reloading, None
             for each in self._children:
                 if each.generation != self._generation:
                     self._leave(each, signal.SIGUSR1)
             log.info("reloaded")
+            notify("READY=1")
+        if self._reload_again:
+            self._reload()
 
     def _reap(self) -> None:
         for child in [each for each in self._children if each.has_ended()]:
@@ -271,6 +384,11 @@ class Supervisor:
 
     def _check_times(self) -> None:
         now = time.monotonic()
+        for used, text in self._certificates.look() if self._certificates else ():
+            (log.info if used else log.error)(
+                "certificate renewed" if used else "certificate not renewed, the one before stays",
+                extra={"certificate": text},
+            )
         if self._stopping_since is not None:
             if now - self._stopping_since > self._settings.server.shutdown_timeout_s + _MARGIN_S:
                 for child in self._children:
@@ -294,21 +412,27 @@ class Supervisor:
     def _stop(self) -> None:
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
+            notify("STOPPING=1")
         self._restarts.clear()
         for child in self._children:
             self._leave(child, signal.SIGTERM)
 
     def _reload(self) -> None:
         """Start a new generation of workers; the old one leaves when all of it answers."""
-        if self._reloading is not None or self._on_ready is not None or self._stopping_since is not None:
+        if self._stopping_since is not None:
             return
+        if self._reloading is not None or self._on_ready is not None:
+            self._reload_again = True
+            return
+        self._reload_again = False
         try:
             settings = self._load()
-            sockets = self._bind(settings, self._sockets)
+            certificates = _certificates(settings)
+            self._sockets.change(settings.server)
         except ConfigError as error:
             log.error("not reloaded", extra={"reason": str(error)})
             return
-        self._sockets = sockets
+        self._certificates = certificates
         self._restarts.clear()
         self._generation += 1
         self._reloading = settings
@@ -326,34 +450,8 @@ class Supervisor:
         for child in self._children:
             if not child.leaving:
                 child.generation = self._generation
-
-    def _bind(self, settings: Settings, old: _Sockets) -> _Sockets:
-        """Sockets for the settings; open ones are kept, those no longer named are closed."""
-        fresh = _Sockets()
-        opened: list[socket.socket] = []
-        try:
-            for text in settings.server.listen:
-                address = parse_listen(text)
-                if address not in old.listen:
-                    opened.append(bind(address))
-                fresh.listen[address] = old.listen.get(address) or opened[-1]
-            if settings.server.admin_listen:
-                address = parse_listen(settings.server.admin_listen)
-                if old.admin is None or old.admin[0] != address:
-                    opened.append(bind(address))
-                    fresh.admin = (address, opened[-1])
-                else:
-                    fresh.admin = old.admin
-        except ConfigError:
-            for each in opened:
-                each.close()
-            raise
-        for address, listener in old.listen.items():
-            if address not in fresh.listen:
-                listener.close()
-        if old.admin is not None and (fresh.admin is None or fresh.admin[0] != old.admin[0]):
-            old.admin[1].close()
-        return fresh
+        if self._reload_again:
+            self._reload()
 
     # -- starting ---------------------------------------------------------------------------------
 
@@ -394,15 +492,30 @@ class Supervisor:
             for child in self._children:
                 child.close_pipes()
             sockets = self._sockets
-            listen = tuple(sockets.listen.values()) if kind == "web" else ()
-            admin = sockets.admin[1] if kind == "web" and sockets.admin else None
-            return worker.work(worker.Task(kind, settings, listen, admin, answered, lifeline))
+            web = kind == "web"
+            task = worker.Task(
+                kind,
+                settings,
+                self._memory,
+                listen=sockets.of("listen") if web else (),
+                listen_tls=sockets.of("listen_tls") if web else (),
+                certificates=self._certificates if web else None,
+                admin=next(iter(sockets.of("admin_listen")), None) if web else None,
+                answered=answered,
+                lifeline=lifeline,
+                outlived=sockets.outlive,
+            )
+            return worker.work(task)
         except BaseException:  # nothing of the supervisor's may run in this process
             log.exception("worker failed")
             return 1
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+
+
+def _certificates(settings: Settings) -> Certificates | None:
+    return Certificates(settings.tls) if settings.server.listen_tls else None
 
 
 def _raise_file_limit() -> None:

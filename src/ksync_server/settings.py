@@ -7,6 +7,7 @@ and a test compares both.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import tomllib
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Server(Section, frozen=True):
     """Sockets, processes and what one connection may do."""
 
-    listen: tuple[str, ...] = ("127.0.0.1:8080",)
+    listen: tuple[str, ...] = ("127.0.0.1:8080",)  # plain HTTP; may be empty beside listen_tls
+    listen_tls: tuple[str, ...] = ()  # HTTPS, with the certificates of [tls]
     admin_listen: str = "127.0.0.1:8081"  # /healthz, /readyz, /metrics; empty = none
     workers: int = 2  # web processes; one per core is right
     threads: int = 8  # pool threads per web process, and so PostgreSQL connections
@@ -42,8 +44,30 @@ class Server(Section, frozen=True):
     drain_s: float = 3.0
     shutdown_timeout_s: float = 30.0  # what a request may still take after the stop signal
     trusted_proxies: tuple[str, ...] = ()  # addresses or networks whose X-Forwarded-* is believed
+    proxy_protocol: tuple[str, ...] = ()  # networks whose connections begin with a PROXY header, v1 or v2
     allow_plain_http: bool = False  # Basic over plain HTTP from elsewhere than loopback
+    redirect_https_port: int = 0  # plain requests are redirected to https:// on this port; 0 = none
     connections: int = 2000  # open at once per web process; more wait in the backlog
+    address_connections: int = 1000  # of one address (IPv6: /64) but proxies and loopback; 0 = all
+    handshakes: int = 500  # and PROXY headers awaited per web process; then the oldest is let go
+    handshake_timeout_s: float = 10.0  # of each of them
+
+
+class Tls(Section, frozen=True):
+    """Certificates for server.listen_tls. Changed files are used for new connections within two seconds."""
+
+    certificates: tuple[Path, ...] = ()  # PEM, chain included; the first serves names that no other one has
+    keys: tuple[Path, ...] = ()  # PEM, not encrypted, one per certificate and in the same order
+    minimum_version: str = "1.2"  # or 1.3
+    ciphers: str = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2; 1.3 has only good ones
+
+
+class Disk(Section, frozen=True):
+    """A disk of database or blobs that is nearly full: what grows is answered 507, all else goes on."""
+
+    reserve_bytes: int = 512 * MIB  # free space that uploads leave alone; 0 = they fill the disk
+    reserve_percent: float = 0.0  # the same in percent of the disk; the larger of the two counts
+    resume_percent: float = 110.0  # of the reserve has to be free again before writes go on
 
 
 class Hosts(Section, frozen=True):
@@ -76,6 +100,25 @@ class Blobs(Section, frozen=True):
     extent_bytes: int = 64 * MIB  # larger content is cut into immutable files of this size
     stage_lease_s: float = 600.0  # an unpublished upload without a heartbeat is reaped after this
     reap_after_s: float = 86400.0  # unreferenced extents stay this long: the longest download
+    scrub_days: int = 30  # every byte is read and compared with its checksum once in this time; 0 = never
+    scrub_bytes_s: int = 50 * 10**6  # the scrub reads no faster, so that clients do not feel it
+    scrub_slice_s: float = 60.0  # it lets other work of the job worker in after this
+
+
+class S3(Section, frozen=True):
+    """Bytes as objects of an S3 bucket instead of local files; needs the extra `s3` (obstore)."""
+
+    bucket: str = ""  # empty = local files under blobs.path
+    prefix: str = ""  # in front of every key, so that several stores can share a bucket
+    endpoint: str = ""  # https://s3.example.org; empty = Amazon's of the region
+    region: str = "us-east-1"
+    path_style: bool = True  # the bucket in the path; false = in the host name
+    credentials_file: str = ""  # as ~/.aws/credentials, mode 0600; empty = AWS_* in the environment
+    extent_bytes: int = 8 * MIB  # one object, sent whole from memory: an upload holds at most two
+    memory_bytes: int = 256 * MIB  # of all uploads of a process; beyond they wait, and objects get smaller
+    requests: int = 8  # objects of all uploads of a process sent at once
+    timeout_s: float = 30.0  # of one request
+    patience_s: float = 20.0  # errors and silence are asked again for so long, then the client gets 503
 
 
 class Auth(Section, frozen=True):
@@ -88,10 +131,28 @@ class Auth(Section, frozen=True):
     argon2_time: int = 2
     argon2_parallel: int = 2  # verifications at once per process; each holds 19 MiB
     argon2_queue: int = 64  # waiting verifications before 503
-    cache_entries: int = 10_000  # positive account-password results per process
+    cache_entries: int = 100_000  # accounts whose good password is remembered, for all web processes: 13 MB
     cache_s: float = 86400.0  # sliding; a changed auth_epoch ends an entry at once
     totp_window_steps: int = 1  # accepted clock error in 30 s steps, either side
     last_used_s: float = 60.0  # "last used" of a secret is written at most this often
+    throttle_window_s: float = 900.0  # distinct wrong account passwords are counted together for this long
+    throttle_place_failures: int = 5  # for one name from one network (IPv4 address, IPv6 /64); 0 = no limit
+    throttle_name_failures: int = 20  # for one name from anywhere but where it logged in well before
+    throttle_network_failures: int = 10  # from one network for any names
+    throttle_shared: tuple[str, ...] = ("127.0.0.0/8", "::1")  # networks never blocked as a whole: offices
+    throttle_block_s: float = 900.0  # the first block; each repetition is throttle_factor times longer
+    throttle_factor: int = 4
+    throttle_longest_s: float = 86400.0  # no block is longer; as long is a block remembered after its end
+    throttle_trust_s: float = 2_592_000.0  # a network that logged in well is known for 30 days
+    throttle_most: int = 100  # failures after which a blocked place is not even compared with the memory
+    throttle_write_s: float = 1.0  # counts are written together, at most this often per process
+
+
+class Accounts(Section, frozen=True):
+    """What becomes of accounts, and of log-in addresses, that are deleted."""
+
+    grace_days: int = 30  # a deleted account can be restored this long; then its data is erased
+    hosted_domains: tuple[str, ...] = ()  # whose mailboxes are here: a log-in address there ends with its own
 
 
 class Xml(Section, frozen=True):
@@ -114,9 +175,11 @@ class Dav(Section, frozen=True):
     max_collections: int = 1_000  # per account and kind
     max_objects: int = 100_000  # per collection
     max_property_bytes: int = 64 * KIB  # one dead property's XML
+    max_dead_bytes: int = 128 * KIB  # all dead properties of one collection: a home is listed from memory
     recurrence_steps: int = 40_000  # loop steps one request may spend on one object: some 50 ms
     max_instances: int = 20_000  # instances of one expand or free-busy answer
-    max_answer_bytes: int = 64 * MIB  # of one expanded answer
+    max_answer_bytes: int = 32 * MIB  # of one expanded answer
+    reports_at_once: int = 2  # of one account and web process in the pool; more wait, so that others get on
     sync_page_rows: int = 200  # rows read between two sends of a streamed answer
     max_sync_rows: int = 50_000  # members in one sync answer before 507 and a resuming token
     body_cache_bytes: int = 16 * MIB  # rendered answers kept per web process
@@ -135,9 +198,11 @@ class Drive(Section, frozen=True):
     max_path_depth: int = 100  # folders above a file
     max_property_bytes: int = 64 * KIB
     max_properties: int = 200  # dead properties of one resource
+    max_dead_bytes: int = 256 * KIB  # all of them together: no quota counts them
     lock_seconds: int = 3600  # longest lock granted; clients refresh
     max_locks: int = 1_000  # per account
-    transfers: int = 40  # concurrent uploads and downloads per account and web process
+    max_lock_owner_bytes: int = 4 * KIB  # XML that says who locked: everybody who lists the folder reads it
+    transfers: int = 40  # concurrent ones per account and web process; content that fits a row is none
     root_view: str = "auto"  # auto, folders or drive
     trash_name: str = "Deleted items"
     common_name: str = "Common documents"
@@ -145,6 +210,36 @@ class Drive(Section, frozen=True):
     purge_over_webdav: bool = False
     finite_depth: bool = False  # refuse Depth: infinity PROPFIND with propfind-finite-depth
     chunk_bytes: int = 256 * KIB  # read and written at once
+
+
+class Jobs(Section, frozen=True):
+    """Background work. Every node runs its share."""
+
+    workers: int = 4  # jobs at once per node, so that a long one does not hold up the others
+    poll_s: float = 0.5  # a new job starts within this; a look costs one indexed read
+    lease_s: float = 30.0  # a worker that was silent for a third longer is dead, another one goes on
+    slice_s: float = 30.0  # after this a long job lets waiting ones go first
+    attempts: int = 20  # tries without progress before a job has failed
+    retry_s: float = 10.0  # pause after the first failure; doubles with each further one, less up to half
+    longest_retry_s: float = 3600.0
+    keep_days: int = 30  # ended jobs stay this long to be looked at
+
+
+class Mail(Section, frozen=True):
+    """Mail to people: what changed in their account. It goes out through one relay (smarthost)."""
+
+    relay: str = ""  # host name; empty = nobody is told
+    port: int = 587
+    security: str = "starttls"  # starttls, tls (port 465) or none; never falls back to a weaker one
+    user: str = ""  # empty = no log-in
+    password_file: str = ""  # first line; read for each connection, so that it may change
+    ca_file: str = ""  # certificates (PEM) to trust instead of the system's
+    from_address: str = ""  # who the mail is from; needed with a relay
+    from_name: str = "ksync"
+    reply_to: str = ""  # where answers go; empty = to from_address
+    contact: str = ""  # whom people are told to ask: an address, URL or number
+    timeout_s: float = 30.0  # for one answer of the relay
+    per_minute: int = 60  # messages, over all nodes; 0 = no bound
 
 
 class Log(Section, frozen=True):
@@ -158,13 +253,19 @@ class Settings(Section, frozen=True):
     """The whole configuration."""
 
     server: Server = Server()
+    tls: Tls = Tls()
     hosts: Hosts = Hosts()
     database: Database = Database()
     blobs: Blobs = Blobs()
+    disk: Disk = Disk()
+    s3: S3 = S3()
     auth: Auth = Auth()
+    accounts: Accounts = Accounts()
     xml: Xml = Xml()
     dav: Dav = Dav()
     drive: Drive = Drive()
+    jobs: Jobs = Jobs()
+    mail: Mail = Mail()
     log: Log = Log()
     offers_file: Path | None = None  # offers.toml; none = the shipped table
 
@@ -321,8 +422,10 @@ def _unknown(key: str, known: Any) -> str:
 
 
 _CHOICES = {
+    "tls.minimum_version": ("1.2", "1.3"),
     "database.durability": ("full", "normal"),
     "drive.root_view": ("auto", "folders", "drive"),
+    "mail.security": ("starttls", "tls", "none"),
     "log.level": ("debug", "info", "warning", "error"),
     "log.format": ("json", "text"),
 }
@@ -336,19 +439,31 @@ _POSITIVE = frozenset(
         "server.idle_timeout_s",
         "server.body_timeout_s",
         "server.connections",
+        "server.handshakes",
+        "server.handshake_timeout_s",
         "database.group_writes",
         "database.busy_timeout_s",
         "blobs.extent_bytes",
         "blobs.stage_lease_s",
+        "blobs.scrub_bytes_s",
+        "blobs.scrub_slice_s",
+        "s3.extent_bytes",
+        "s3.memory_bytes",
+        "s3.requests",
+        "s3.timeout_s",
         "auth.password_bytes",
         "auth.argon2_time",
         "auth.argon2_parallel",
         "auth.argon2_queue",
+        "auth.throttle_window_s",
+        "auth.throttle_block_s",
+        "auth.throttle_factor",
         "xml.max_bytes",
         "xml.max_depth",
         "xml.max_elements",
         "xml.max_hrefs",
         "dav.recurrence_steps",
+        "dav.reports_at_once",
         "dav.sync_page_rows",
         "dav.max_sync_rows",
         "drive.max_name_bytes",
@@ -356,10 +471,25 @@ _POSITIVE = frozenset(
         "drive.lock_seconds",
         "drive.transfers",
         "drive.chunk_bytes",
+        "jobs.workers",
+        "jobs.poll_s",
+        "jobs.lease_s",
+        "jobs.attempts",
+        "jobs.retry_s",
+        "mail.port",
+        "mail.timeout_s",
     ]
 )
+_LAST_PORT = 65535
 _ARGON2_LEAST_KIB = 8  # RFC 9106 section 3.1: 8 KiB per lane, and we use one
 _DATABASE = re.compile(r"sqlite:///.|postgresql(\+psycopg)?://")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?/?")
+_PREFIX = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?)?")
+MAIL_ADDRESS = re.compile(
+    r"[\w!#$%&'*+/=?^`{|}~-]+(?:\.[\w!#$%&'*+/=?^`{|}~-]+)*@\w(?:[\w-]*\w)?(?:\.\w(?:[\w-]*\w)?)*"
+)
+"""What mail can be sent to: dot-atom and host name (RFC 5321 section 4.1.2) with the letters of RFC 6531."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
 
 
@@ -373,19 +503,52 @@ def _unusable(settings: Settings) -> Iterator[Mistake]:
                 yield Mistake(f"{name}.{key}", text)
     if not _DATABASE.match(settings.database.url):
         yield Mistake("database.url", "must be sqlite:///FILE or postgresql://...")
-    if not settings.server.listen:
-        yield Mistake("server.listen", "needs an address")
-    for key, hosts in (("hosts.sync", settings.hosts.sync), ("hosts.paths", settings.hosts.paths)):
+    yield from _unusable_sockets(settings)
+    for key, hosts in (
+        ("hosts.sync", settings.hosts.sync),
+        ("hosts.paths", settings.hosts.paths),
+        ("accounts.hosted_domains", settings.accounts.hosted_domains),
+    ):
         for host in hosts:
             if not _HOST.fullmatch(host):
                 yield Mistake(key, f"{host!r} is no host name (no scheme, no port)")
     if not _HOST.fullmatch(settings.hosts.drive_suffix.lstrip(".")):
         yield Mistake("hosts.drive_suffix", f"{settings.hosts.drive_suffix!r} is no host name")
+    yield from _unusable_s3(settings.s3)
     yield from _unusable_names(settings.drive)
+    yield from _unusable_mail(settings.mail)
     if settings.drive.max_chunked_bytes > settings.drive.chunked_ceiling_bytes:
         yield Mistake("drive.max_chunked_bytes", "must not be above drive.chunked_ceiling_bytes")
+    for network in settings.auth.throttle_shared:
+        if not _is_network(network):
+            yield Mistake("auth.throttle_shared", f"{network!r} is no address or network")
     if settings.auth.argon2_memory_kib < _ARGON2_LEAST_KIB:
         yield Mistake("auth.argon2_memory_kib", f"must be at least {_ARGON2_LEAST_KIB}")
+
+
+def _unusable_sockets(settings: Settings) -> Iterator[Mistake]:
+    """Addresses, certificates and the reserve fit together."""
+    server, tls, disk = settings.server, settings.tls, settings.disk
+    if not server.listen and not server.listen_tls:
+        yield Mistake("server.listen", "needs an address, or server.listen_tls one")
+    if server.listen_tls and not tls.certificates:
+        yield Mistake("tls.certificates", "server.listen_tls needs one")
+    if len(tls.certificates) != len(tls.keys):
+        yield Mistake("tls.keys", "must be as many as tls.certificates")
+    if server.redirect_https_port > _LAST_PORT:
+        yield Mistake("server.redirect_https_port", f"must not be above {_LAST_PORT}")
+    if disk.reserve_percent >= 100:
+        yield Mistake("disk.reserve_percent", "must be below 100")
+    if disk.resume_percent < 100:
+        yield Mistake("disk.resume_percent", "must be at least 100")
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _wrong_value(key: str, value: Any) -> str:
@@ -398,6 +561,18 @@ def _wrong_value(key: str, value: Any) -> str:
     return "must be above 0" if value == 0 and key in _POSITIVE else ""
 
 
+def _unusable_s3(s3: S3) -> Iterator[Mistake]:
+    """An address and names that requests can be made of, and memory for at least one upload."""
+    if s3.bucket and not _BUCKET.fullmatch(s3.bucket):
+        yield Mistake("s3.bucket", f"{s3.bucket!r} is no name of a bucket")
+    if s3.endpoint and not _ENDPOINT.fullmatch(s3.endpoint):
+        yield Mistake("s3.endpoint", "must be http(s)://HOST[:PORT], without credentials")
+    if not _PREFIX.fullmatch(s3.prefix):
+        yield Mistake("s3.prefix", f"{s3.prefix!r}: letters, digits, . _ - and / alone")
+    if s3.memory_bytes < 2 * s3.extent_bytes:
+        yield Mistake("s3.memory_bytes", "must be at least twice s3.extent_bytes")
+
+
 def _unusable_names(drive: Drive) -> Iterator[Mistake]:
     """The folders that every drive has are two different names."""
     for key in ("trash_name", "common_name"):
@@ -408,17 +583,48 @@ def _unusable_names(drive: Drive) -> Iterator[Mistake]:
         yield Mistake("drive.common_name", "must differ from drive.trash_name")
 
 
+def _unusable_mail(mail: Mail) -> Iterator[Mistake]:
+    """Text that goes into headers and SMTP commands is one line; a password is never sent in the clear."""
+    for key in ("relay", "user", "from_address", "from_name", "reply_to", "contact"):
+        if not getattr(mail, key).isprintable():
+            yield Mistake(f"mail.{key}", "must be one printable line")
+    if mail.relay and not _HOST.fullmatch(mail.relay):
+        yield Mistake("mail.relay", f"{mail.relay!r} is no host name (no scheme, no port)")
+    if mail.relay and not mail.from_address:
+        yield Mistake("mail.from_address", "is needed with mail.relay")
+    for key in ("from_address", "reply_to"):
+        if getattr(mail, key) and not MAIL_ADDRESS.fullmatch(getattr(mail, key)):
+            yield Mistake(f"mail.{key}", f"{getattr(mail, key)!r} is no e-mail address")
+    if mail.user and not mail.password_file:
+        yield Mistake("mail.password_file", "is needed with mail.user")
+    if mail.user and mail.security == "none":
+        yield Mistake("mail.security", "a password is only sent encrypted: starttls or tls")
+    if mail.port > _LAST_PORT:
+        yield Mistake("mail.port", f"must not be above {_LAST_PORT}")
+
+
 def anchored(settings: Settings, folder: Path) -> Settings:
     """The same settings with every relative path made absolute under `folder`."""
     replace = msgspec.structs.replace
     base = folder.resolve()
-    url = settings.database.url
+    url, secret = settings.database.url, settings.s3.credentials_file
     if url.startswith("sqlite:///") and not url.startswith("sqlite:////"):
         url = f"sqlite:///{base / url.removeprefix('sqlite:///')}"
     return replace(
         settings,
+        tls=replace(
+            settings.tls,
+            certificates=tuple(base / path for path in settings.tls.certificates),
+            keys=tuple(base / path for path in settings.tls.keys),
+        ),
         database=replace(settings.database, url=url),
         blobs=replace(settings.blobs, path=base / settings.blobs.path),
+        s3=replace(settings.s3, credentials_file=str(base / secret) if secret else ""),
         auth=replace(settings.auth, key_file=base / settings.auth.key_file),
+        mail=replace(
+            settings.mail,
+            password_file=str(base / settings.mail.password_file) if settings.mail.password_file else "",
+            ca_file=str(base / settings.mail.ca_file) if settings.mail.ca_file else "",
+        ),
         offers_file=base / settings.offers_file if settings.offers_file else None,
     )

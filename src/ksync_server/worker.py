@@ -24,12 +24,21 @@ from uvicorn.server import ServerState
 
 from ksync_server import jobs
 from ksync_server import log as logs
-from ksync_server.app import Services, application, build, periodic
-from ksync_server.connection import Connection, Limits
-from ksync_server.errors import KsyncError
+from ksync_server.app import App, Services, application, build
+from ksync_server.auth.memory import Memory
+from ksync_server.background import handlers, periodic
+from ksync_server.connection import Connection, Crowd, Limits
+from ksync_server.disk import Disk
+from ksync_server.errors import ConfigError, KsyncError
+from ksync_server.listener import Arrivals, Entrance, Listener
+from ksync_server.mail import sender as mail
 from ksync_server.metrics import CONTENT_TYPE, Metrics
+from ksync_server.networks import Networks
 from ksync_server.settings import Settings
 from ksync_server.store import schema
+from ksync_server.store.blobs import open_extents
+from ksync_server.tls import Certificates
+from ksync_server.wire.proxy import Origin
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +46,6 @@ Asgi = Callable[[Any, Any, Any], Any]
 
 _TICK_S = 1.0
 _READY_S = 5.0  # a database that takes longer to answer is not ready
-_FULL_PAUSE_S = 1.0  # no accepting for this long after the system ran out of files
 _LONGEST_DRAIN_S = 86400.0  # of a worker that is being replaced: the longest upload or download
 _MALLOC = ((-3, 8 << 20), (-1, 64 << 20), (-8, 2))  # mmap threshold, trim threshold, arenas
 _ONE = sa.select(sa.literal(1))
@@ -49,68 +57,31 @@ class Task:
 
     kind: str  # web or jobs
     settings: Settings
+    memory: Memory  # of good account passwords, the same for all workers
     listen: tuple[socket.socket, ...]
+    listen_tls: tuple[socket.socket, ...]
+    certificates: Certificates | None
     admin: socket.socket | None
     answered: int  # descriptor: one byte is written here when the worker serves
     lifeline: int  # descriptor: its end is the end of the supervisor
-
-
-class Listener:
-    """Accepts on one shared socket, one connection per wake-up so that workers share the load."""
-
-    def __init__(self, listener: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
-        self._socket = listener
-        self._protocol = protocol
-        self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._open = False
-
-    def start(self) -> None:
-        """Accept from now on."""
-        if not self._open:
-            self._open = True
-            self._loop.add_reader(self._socket.fileno(), self._accept)
-
-    def stop(self) -> None:
-        """Leave further connections in the backlog, for this worker later or for another one now."""
-        if self._open:
-            self._open = False
-            self._loop.remove_reader(self._socket.fileno())
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._socket.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # another worker was quicker
-        except OSError as error:
-            log.error("cannot accept", extra={"reason": str(error)})
-            self.stop()
-            self._loop.call_later(_FULL_PAUSE_S, self.start)
-            return
-        connection.setblocking(False)
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._serve(connection))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, connection: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._protocol, connection)
-        except OSError:
-            connection.close()
+    outlived: bool = False  # the sockets stay open when the program ends: another start serves what waits
 
 
 class WebWorker:
     """The event loop of one web process."""
 
-    def __init__(self, task: Task, services: Services, app: Asgi, metrics: Metrics) -> None:
+    def __init__(self, task: Task, services: Services, app: App) -> None:
         self._task = task
         self._settings = task.settings.server
         self._state = ServerState()
         self._app = protocol_config(app)
-        self._admin = protocol_config(Admin(services, metrics))
-        self._metrics = metrics
+        self._admin = protocol_config(Admin(services, app.metrics, app.disk))
+        self._metrics = app.metrics
+        self._disk = app.disk
+        self._crowd = Crowd(
+            self._settings.address_connections,
+            Networks("server.trusted_proxies", self._settings.trusted_proxies),
+        )
         self._stop = asyncio.Event()
         self._at_once = True
         self._limits = Limits(
@@ -119,6 +90,7 @@ class WebWorker:
             self._settings.idle_timeout_s,
             self._settings.body_timeout_s,
         )
+        self._arrivals = Arrivals(self._balance)
         self._listeners: list[Listener] = []
 
     async def serve(self) -> None:
@@ -129,8 +101,17 @@ class WebWorker:
         loop.add_signal_handler(signal.SIGUSR1, self._leave, False)
         loop.add_reader(self._task.lifeline, self._leave, True)  # nothing ever comes on it but its end
         self._tick()
-        self._listeners = [Listener(each, self._protocol) for each in self._task.listen]
-        admin = [Listener(self._task.admin, self._admin_protocol)] if self._task.admin else []
+        self._listeners = [
+            Listener(each, self._protocol, self._entrance(certificates), self._arrivals)
+            for sockets, certificates in (
+                (self._task.listen, None),
+                (self._task.listen_tls, self._task.certificates),
+            )
+            for each in sockets
+        ]
+        admin = []
+        if self._task.admin:
+            admin.append(Listener(self._task.admin, self._admin_protocol, None, self._arrivals))
         for listener in [*self._listeners, *admin]:
             listener.start()
         os.write(self._task.answered, b"1")
@@ -150,17 +131,29 @@ class WebWorker:
         self._at_once = at_once
         self._stop.set()
 
+    def _entrance(self, certificates: Certificates | None) -> Entrance:
+        return Entrance(
+            certificates,
+            Networks("server.proxy_protocol", self._settings.proxy_protocol),
+            self._settings.handshakes,
+            self._settings.handshake_timeout_s,
+            self._settings.header_bytes,
+        )
+
     async def _drain(self) -> None:
-        """Let what is under way end; a signal to stop cuts a long drain short."""
+        """Let what is under way end, handshakes too; a signal to stop cuts a long drain short."""
         began = time.monotonic()
-        told: bool | None = None
-        while self._state.connections or self._state.tasks:
-            if told != self._at_once:
-                told, began = self._at_once, time.monotonic()
-                for connection in list(self._state.connections):
-                    assert isinstance(connection, Connection)
-                    connection.drain(at_once=told)
-            allowed = self._settings.shutdown_timeout_s if self._at_once else _LONGEST_DRAIN_S
+        leaving: bool | None = None
+        told: set[Connection] = set()
+        while self._state.connections or self._state.tasks or self._arrivals:
+            if leaving != self._at_once:
+                leaving, began = self._at_once, time.monotonic()
+                told.clear()
+            for connection in self._state.connections - told:
+                assert isinstance(connection, Connection)
+                told.add(connection)
+                connection.drain(at_once=leaving and not self._task.outlived)
+            allowed = self._settings.shutdown_timeout_s if leaving else _LONGEST_DRAIN_S
             if time.monotonic() - began > allowed:
                 log.warning("requests cut off", extra={"requests": len(self._state.tasks)})
                 break
@@ -173,22 +166,25 @@ class WebWorker:
         for connection in list(self._state.connections):
             assert isinstance(connection, Connection)
             connection.sweep(now)
+        if self._task.certificates is not None:
+            self._task.certificates.look()  # the supervisor looks too, and says in the log what it saw
+        full = self._disk.look()
         self._metrics.load(len(self._state.tasks), len(self._state.connections))
+        self._metrics.disk(self._disk.free, full)
 
-    def _protocol(self) -> asyncio.Protocol:
-        # The one being made is not in the set yet; those being accepted at this moment may pass the cap.
-        if len(self._state.connections) + 1 >= self._settings.connections:
-            for listener in self._listeners:
-                listener.stop()
-        return Connection(self._app, self._state, self._limits, self._closed)
+    def _protocol(self, origin: Origin | None) -> asyncio.Protocol:
+        return Connection(
+            self._app, self._state, self._limits, self._balance, origin=origin, crowd=self._crowd
+        )
 
-    def _admin_protocol(self) -> asyncio.Protocol:
-        return Connection(self._admin, self._state, self._limits, self._closed)
+    def _admin_protocol(self, origin: Origin | None) -> asyncio.Protocol:
+        return Connection(self._admin, self._state, self._limits, self._balance)
 
-    def _closed(self) -> None:
-        if len(self._state.connections) < self._settings.connections:
-            for listener in self._listeners:
-                listener.start()
+    def _balance(self) -> None:
+        """Accept while there is room; what is accepted and not yet HTTP's has its place too."""
+        full = len(self._state.connections) + len(self._arrivals) >= self._settings.connections
+        for listener in self._listeners:
+            listener.stop() if full else listener.start()
 
 
 def protocol_config(app: Asgi) -> Config:
@@ -212,9 +208,10 @@ def protocol_config(app: Asgi) -> Config:
 class Admin:
     """The admin address: for probes and Prometheus, never open to the world."""
 
-    def __init__(self, services: Services, metrics: Metrics) -> None:
+    def __init__(self, services: Services, metrics: Metrics, disk: Disk) -> None:
         self._services = services
         self._metrics = metrics
+        self._disk = disk
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
@@ -235,7 +232,12 @@ class Admin:
             return 200, plain, b"ok\n"
         if path == "/readyz":
             problem = await self._problem()
-            return (503, plain, f"{problem}\n".encode()) if problem else (200, plain, b"ready\n")
+            if problem:
+                return 503, plain, f"{problem}\n".encode()
+            # Still ready: nobody else has more room on the same disk, and phones go on reading.
+            full = self._disk.look()
+            rest = f", but the disk of the {full} is nearly full" if full else ""
+            return 200, plain, f"ready{rest}\n".encode()
         if path == "/metrics":
             loop = asyncio.get_running_loop()
             return 200, CONTENT_TYPE, await loop.run_in_executor(None, self._metrics.text)
@@ -247,29 +249,31 @@ class Admin:
                 await self._services.database.pooled(self._services.database.fast, _ONE)
         except (KsyncError, TimeoutError) as error:
             return f"database: {error or 'does not answer'}"
-        folder = self._services.settings.blobs.path
-        if not os.access(folder, os.W_OK | os.X_OK):
-            return f"blobs.path: {folder} cannot be written"
-        return None
+        try:
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(_READY_S):
+                return await loop.run_in_executor(None, self._services.blobs.extents.problem)
+        except TimeoutError:
+            return "bytes: the store does not answer"
 
 
 def run_web(task: Task) -> None:
     """Serve HTTP until told to leave."""
-    services = open_services(task.settings)
+    services = open_services(task.settings, task.memory)
     app = application(services)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(task, services, app, app.metrics))
+        runner.run(_serve(task, services, app))
     app.close()
     services.close()
 
 
-async def _serve(task: Task, services: Services, app: Asgi, metrics: Metrics) -> None:
-    await WebWorker(task, services, app, metrics).serve()
+async def _serve(task: Task, services: Services, app: App) -> None:
+    await WebWorker(task, services, app).serve()
 
 
 def run_jobs(task: Task) -> None:
-    """Run periodic work until told to leave."""
-    services = open_services(task.settings)
+    """Run periodic work and queued jobs until told to leave."""
+    services = open_services(task.settings, task.memory)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: stop.set())
@@ -281,17 +285,21 @@ def run_jobs(task: Task) -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
     os.write(task.answered, b"1")
     os.close(task.answered)
-    jobs.Runner(services.database, periodic(services)).run(stop)
+    if not task.settings.mail.relay:
+        log.warning(mail.NOBODY_IS_TOLD)
+    with contextlib.closing(mail.Relay(task.settings.mail)) as relay:
+        work = handlers(services, relay)
+        jobs.Runner(services.database, periodic(services), work, task.settings.jobs).run(stop)
     services.close()
 
 
-def open_services(settings: Settings) -> Services:
+def open_services(settings: Settings, memory: Memory | None = None) -> Services:
     """Services over a database of the current schema, the blobs folder made.
 
     Raises:
         ConfigError: an older or newer schema, or what `app.build` refuses.
     """
-    services = build(settings)
+    services = build(settings, memory)
     try:
         schema.require_current(services.database)
         settings.blobs.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -299,6 +307,34 @@ def open_services(settings: Settings) -> Services:
         services.close()
         raise
     return services
+
+
+def check_store(settings: Settings) -> None:
+    """Try the store of bytes once before anything serves; S3 alone is worth it.
+
+    In a process of its own: threads of obstore's would be missing in the workers that are forked later.
+
+    Raises:
+        ConfigError: bucket, credentials or address do not work; says why.
+    """
+    if not settings.s3.bucket:
+        return
+    answers, asks = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(answers)
+        try:
+            open_extents(settings).check()
+        except ConfigError as error:
+            os.write(asks, str(error).encode()[:4000])
+        finally:
+            os._exit(0)
+    os.close(asks)
+    with open(answers, "rb") as pipe:
+        problem = pipe.read().decode(errors="replace")
+    os.waitpid(pid, 0)
+    if problem:
+        raise ConfigError(problem)
 
 
 def work(task: Task) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from ksync_server.auth.gate import (
     Identity,
     Service,
 )
+from ksync_server.auth.memory import Memory
+from ksync_server.errors import NotAuthenticated, TooManyRequests
 from ksync_server.http import Peer
 from ksync_server.store import schema
 from ksync_server.store.database import Database, Write
@@ -44,6 +46,7 @@ class Door:
     keys: keys.Keys
     offers: offers.Offers
     gate: Gate
+    others: list[Gate] = field(default_factory=list)  # of other processes, to be closed with this one
 
     @staticmethod
     @contextlib.contextmanager
@@ -64,17 +67,30 @@ class Door:
         database = Database(every.database, threads=4)
         schema.migrate(database)
         ring, table = keys.load(every.auth.key_file), offers.load(None)
+        door = Door(every, database, ring, table, Gate(every, database, ring, table))
         try:
-            yield Door(every, database, ring, table, Gate(every, database, ring, table))
+            yield door
         finally:
+            for gate in (door.gate, *door.others):
+                gate.close()
             database.close()
 
-    def another_process(self, **auth: Any) -> Door:
-        """The gate of another worker over the same store."""
+    def another_process(self, memory: Memory | None = None, **auth: Any) -> Door:
+        """The gate of another worker over the same store; of another server unless `memory` is shared."""
         every = msgspec.structs.replace(
             self.settings, auth=msgspec.structs.replace(self.settings.auth, **auth)
         )
-        return replace(self, settings=every, gate=Gate(every, self.database, self.keys, self.offers))
+        gate = Gate(every, self.database, self.keys, self.offers, memory)
+        self.others.append(gate)
+        return replace(self, settings=every, gate=gate)
+
+    def is_quick(self, name: str, secret: str, peer: Peer = PEER) -> bool:
+        """Whether no argon2 is needed to let in or to refuse."""
+        try:
+            found = self.gate.recognise(Credentials(name, secret), peer, service=Service.DRIVE)
+        except (NotAuthenticated, TooManyRequests):
+            return True
+        return found is not None
 
     def write(self, fn: Callable[[Write], T]) -> T:
         """Run a change."""
@@ -96,10 +112,14 @@ class Door:
             )
         )
 
-    def app_password(self, account: Account, *scopes: str, name: str = "phone") -> tuple[int, str]:
+    def app_password(
+        self, account: Account, *scopes: str, name: str = "phone", **narrow: Any
+    ) -> tuple[int, str]:
         """A new application password: its id, and the secret as shown."""
         number, secret = self.write(
-            lambda tx: app_passwords.create(tx, self.keys, account, name, scopes or app_passwords.SCOPES)
+            lambda tx: app_passwords.create(
+                tx, self.keys, account, name, scopes or app_passwords.SCOPES, **narrow
+            )
         )
         return number, secret.shown
 
@@ -126,9 +146,12 @@ class Door:
 
         return self.write(create)
 
-    def log_in(self, name: str, secret: str, service: Service = Service.DRIVE) -> Identity:
+    def log_in(
+        self, name: str, secret: str, service: Service = Service.DRIVE, address: str = PEER.address
+    ) -> Identity:
         """Identify."""
-        return self.gate.identify(Credentials(name, secret), PEER, service=service)
+        peer = replace(PEER, address=address)
+        return self.gate.identify(Credentials(name, secret), peer, service=service)
 
     def home(self, identity: Identity, service: Service, owner: str, verb: str = "PROPFIND") -> HomeGrant:
         """Authorize for a home."""

@@ -324,7 +324,11 @@ def test_the_audit_says_who_what_and_when_and_never_a_secret(door: Door) -> None
         rows = directory.audit(tx, subject=account.sync_id)
     assert rows[0]["actor"] == "AB12345"
     assert rows[0]["address"] == "192.0.2.1"
-    assert rows[0]["detail"] == {"from": "alice@example.org", "to": "a@example.org"}
+    assert rows[0]["detail"] == {
+        "from": "alice@example.org",
+        "to": "a@example.org",
+        "told": ["alice@example.org", "a@example.org"],
+    }
     assert all(row["at"] > 1_700_000_000 for row in rows)
     text = json.dumps(rows)
     for hidden in (PASSWORD, secret, secret.replace("-", ""), totp, "argon2"):

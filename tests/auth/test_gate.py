@@ -1,4 +1,4 @@
-"""The door: every combination against a table written by hand from the product's description."""
+"""The door: who gets in, what is noted and remembered; `test_product.py` has the product of its rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import sqlalchemy as sa
 
 from ksync_server.auth import accounts, app_passwords, directory, offers, organizations, passwords
 from ksync_server.auth.accounts import Account
-from ksync_server.auth.gate import VERBS, Credentials, DriveTarget, HomeTarget, Identity, Service
+from ksync_server.auth.gate import Credentials, DriveTarget, HomeTarget, Identity, Service
+from ksync_server.auth.rules import VERBS
 from ksync_server.errors import (
     AppPasswordRequired,
     BadRequest,
@@ -30,6 +31,7 @@ from ksync_server.store import tables as t
 from ksync_server.store.database import Write
 from tests.auth.harness import PASSWORD, PEER, SYNC_HOST, Door
 
+SYNC_AND_DRIVE = (Service.CALDAV, Service.CARDDAV, Service.SYNC, Service.DRIVE)
 SCOPES = [
     tuple(each) for size in (1, 2, 3) for each in itertools.combinations(("caldav", "carddav", "drive"), size)
 ]
@@ -127,7 +129,9 @@ def test_who_gets_in_is_what_the_table_says(
 ) -> None:
     person = people[factor, state]
     expected = state == "active" and (secret, factor) in LET_IN
-    for service, name in itertools.product(Service, (person.account.sync_id, person.account.login_email)):
+    for service, name in itertools.product(
+        SYNC_AND_DRIVE, (person.account.sync_id, person.account.login_email)
+    ):
         if expected:
             identity = module_door.log_in(name, person.secrets[secret], service)
             assert identity.account_id == person.account.id
@@ -198,9 +202,8 @@ def test_the_right_password_under_2fa_costs_argon2_every_time_as_a_wrong_one_doe
     alice = sqlite_door.account()
     sqlite_door.log_in(alice.sync_id, PASSWORD)
     sqlite_door.turn_on_second_factor(alice)
-    credentials = Credentials(alice.sync_id, PASSWORD)
     for _ in range(2):
-        assert not sqlite_door.gate.is_quick(credentials)
+        assert not sqlite_door.is_quick(alice.sync_id, PASSWORD)
         with pytest.raises(AppPasswordRequired):
             sqlite_door.log_in(alice.sync_id, PASSWORD)
 
@@ -321,18 +324,17 @@ def test_a_suspension_that_ends_lets_the_owner_in_again(sqlite_door: Door) -> No
 def test_what_needs_no_argon2_is_quick(door: Door) -> None:
     account = door.account()
     _, app = door.app_password(account)
-    known = Credentials(account.sync_id.lower(), PASSWORD)
-    assert door.gate.is_quick(None)
-    assert door.gate.is_quick(Credentials(account.sync_id, app))
-    assert door.gate.is_quick(Credentials("nobody", app[:-1] + "z"))
-    assert door.gate.is_quick(Credentials(account.sync_id, "x" * 2000))
-    assert not door.gate.is_quick(known)
-    assert not door.gate.is_quick(Credentials("nobody", PASSWORD))
+    name = account.sync_id.lower()
+    assert door.is_quick(account.sync_id, app)
+    assert door.is_quick("nobody", app[:-1] + "z")
+    assert door.is_quick(account.sync_id, "x" * 2000)
+    assert not door.is_quick(name, PASSWORD)
+    assert not door.is_quick("nobody", PASSWORD)
     door.log_in(account.sync_id, PASSWORD)
-    assert door.gate.is_quick(known)
-    assert not door.gate.is_quick(Credentials(account.sync_id, PASSWORD + "x"))
+    assert door.is_quick(name, PASSWORD)
+    assert not door.is_quick(account.sync_id, PASSWORD + "x")
     door.write(lambda tx: accounts.raise_epoch(tx, account.id))
-    assert not door.gate.is_quick(known)
+    assert not door.is_quick(name, PASSWORD)
 
 
 def test_more_log_ins_than_the_queue_holds_are_told_to_come_back(sqlite_door: Door) -> None:
@@ -346,11 +348,10 @@ def test_more_log_ins_than_the_queue_holds_are_told_to_come_back(sqlite_door: Do
 
     first = door.gate.passwords.queue(work)
     held.wait(10)
-    waiting = [
-        door.gate.queued(Credentials(account.sync_id, PASSWORD), PEER, service=Service.SYNC) for _ in range(2)
-    ]
+    names = (account.sync_id, account.login_email)
+    waiting = [door.gate.queued(Credentials(name, PASSWORD), PEER, service=Service.SYNC) for name in names]
     with pytest.raises(Unavailable) as caught:
-        door.gate.queued(Credentials(account.sync_id, PASSWORD), PEER, service=Service.SYNC)
+        door.gate.queued(Credentials(account.sync_id, "another"), PEER, service=Service.SYNC)
     assert (b"retry-after", b"5") in caught.value.headers
     with pytest.raises(Unavailable):
         door.log_in("nobody", PASSWORD)
@@ -358,6 +359,29 @@ def test_more_log_ins_than_the_queue_holds_are_told_to_come_back(sqlite_door: Do
     first.result(10)
     assert [future.result(10).account_id for future in waiting] == [account.id] * 2
     assert door.log_in(account.sync_id, PASSWORD).account_id == account.id
+
+
+def test_a_thousand_requests_with_one_secret_wait_for_one_verification(sqlite_door: Door) -> None:
+    account = sqlite_door.account()
+    door = sqlite_door.another_process(argon2_parallel=1, argon2_queue=3)
+    hold, held = threading.Event(), threading.Event()
+
+    def work() -> None:
+        held.set()
+        hold.wait(10)
+
+    door.gate.passwords.queue(work)
+    held.wait(10)
+    right, wrong = Credentials(account.sync_id, PASSWORD), Credentials(account.sync_id, "wrong")
+    waiting = [door.gate.queued(right, PEER, service=Service.SYNC) for _ in range(1000)]
+    refused = [door.gate.queued(wrong, PEER, service=Service.SYNC) for _ in range(1000)]
+    assert waiting[0].cancel()  # one that left takes nobody else with it
+    hold.set()
+    assert {future.result(10).account_id for future in waiting[1:]} == {account.id}
+    for future in refused:
+        with pytest.raises(NotAuthenticated):
+            future.result(10)
+    assert door.gate.queued(right, PEER, service=Service.SYNC).result(10).account_id == account.id
 
 
 def test_a_hash_of_old_parameters_is_renewed_at_the_next_log_in(door: Door) -> None:
@@ -370,20 +394,15 @@ def test_a_hash_of_old_parameters_is_renewed_at_the_next_log_in(door: Door) -> N
     assert renewed.password_hash is not None
     assert ",t=2," in renewed.password_hash
     assert renewed.auth_epoch == account.auth_epoch
-    assert new.gate.is_quick(Credentials(account.sync_id, PASSWORD))
+    assert new.is_quick(account.sync_id, PASSWORD)
     assert door.another_process().log_in(account.sync_id, PASSWORD).account_id == account.id
 
 
-def test_remembered_log_ins_are_bounded_and_expire(sqlite_door: Door) -> None:
-    people = [sqlite_door.account(name) for name in ("alice", "bob", "carol")]
-    small = sqlite_door.another_process(cache_entries=2)
-    short = sqlite_door.another_process(cache_s=-1.0)
-    for person in people:
-        small.log_in(person.sync_id, PASSWORD)
-        short.log_in(person.sync_id, PASSWORD)
-    quick = [small.gate.is_quick(Credentials(person.sync_id, PASSWORD)) for person in people]
-    assert quick == [False, True, True]
-    assert not short.gate.is_quick(Credentials(people[2].sync_id, PASSWORD))
+def test_remembered_log_ins_expire_and_can_be_switched_off(sqlite_door: Door) -> None:
+    account = sqlite_door.account()
+    for off in (sqlite_door.another_process(cache_entries=0), sqlite_door.another_process(cache_s=0.0)):
+        off.log_in(account.sync_id, PASSWORD)
+        assert not off.is_quick(account.sync_id, PASSWORD)
 
 
 # -- what is noted --------------------------------------------------------------------------------
@@ -506,6 +525,44 @@ def test_the_owner_and_the_log_are_told_why_a_right_secret_was_refused(
     assert caplog.records[0].__dict__["address"] == PEER.address
     everything = repr([record.__dict__ for record in caplog.records]) + repr(rows)
     assert secret not in everything
+
+
+@pytest.mark.parametrize("cause", ["2FA", "revoked", "expired"])
+def test_the_owner_gets_one_email_for_each_reason_and_day(
+    door: Door, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = door.account()
+    _, secret = door.app_password(account)
+    if cause == "2FA":
+        door.turn_on_second_factor(account)
+        secret = PASSWORD
+    elif cause == "revoked":
+        door.write(lambda tx: app_passwords.revoke(tx, account))
+    else:
+        door.write(lambda tx: tx.execute(sa.update(t.app_password).values(expires_at=1)))
+    noon = 1_900_000_000 // 86_400 * 86_400 + 43_200
+    clock, hours = [noon], [0.0]
+    monkeypatch.setattr(time, "time", lambda: float(clock[0]))
+    monkeypatch.setattr(time, "monotonic", lambda: hours[0])
+    processes = [door, door.another_process()]
+
+    def told() -> tuple[int, int]:
+        """Rows in the audit, and e-mails that wait."""
+        for process in processes:
+            with pytest.raises(NotAuthenticated):
+                process.log_in(account.sync_id, secret)
+            process.gate.flush()
+        key = sa.select(sa.func.count()).where(t.job.c.key.like(f"notice log-in.refused {account.sync_id}%"))
+        rows = sa.select(sa.func.count()).where(t.audit.c.action == "log-in.refused")
+        with door.database.read() as tx:
+            return tx.execute(rows).scalar_one(), tx.execute(key).scalar_one()
+
+    assert told() == (2, 1)
+    assert told() == (2, 1), "once an hour in the audit of a process"
+    clock[0], hours[0] = noon + 7200, 7200.0
+    assert told() == (4, 1)
+    clock[0], hours[0] = noon + 86_400, 86_400.0
+    assert told() == (6, 2)
 
 
 def test_a_wrong_password_leaves_nothing_in_the_audit(door: Door) -> None:

@@ -15,10 +15,11 @@ def test_the_first_start_makes_it_for_the_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "data" / "keys.toml"
     made = keys.load(path)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert keys.load(path) == made
+    assert keys.load(path).sets == made.sets
     assert [each.name for each in path.parent.iterdir()] == ["keys.toml"]
-    assert made.current == "k1"
-    assert len(made.sets["k1"].pepper) == len(made.sets["k1"].seal) == 32
+    (only,) = made.sets.values()
+    assert len(only.pepper) == len(only.seal) == 32
+    assert keys.load(tmp_path / "other.toml").current != made.current, "files of two machines are told apart"
 
 
 def test_several_first_starts_at_once_agree(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_several_first_starts_at_once_agree(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({each.sets["k1"].pepper for each in found}) == 1
+    assert len({each.sets[each.current].pepper for each in found}) == 1
     assert len(found) == 8
 
 
@@ -68,8 +69,8 @@ def test_a_broken_file_is_explained_and_never_replaced(tmp_path: Path, text: str
 
 def test_an_older_key_set_still_opens_what_was_made_under_it(tmp_path: Path) -> None:
     old = keys.load(tmp_path / "old.toml")
-    fresh = keys.load(tmp_path / "new.toml").sets["k1"]
-    both = keys.Keys("k2", {**old.sets, "k2": fresh})
+    new = keys.load(tmp_path / "new.toml")
+    both = keys.Keys("k2", {**old.sets, "k2": new.sets[new.current]})
     sealed = old.seal(b"secret")
     assert both.open(sealed) == b"secret"
     assert both.open(both.seal(b"other")) == b"other"
@@ -83,11 +84,12 @@ def test_an_altered_secret_does_not_open(tmp_path: Path) -> None:
     ring = keys.load(tmp_path / "keys.toml")
     sealed = ring.seal(b"secret")
     assert ring.seal(b"secret") != sealed
-    for at in range(3, len(sealed)):
+    name = ring.current.encode()
+    for at in range(len(name) + 1, len(sealed)):
         altered = bytearray(sealed)
         altered[at] ^= 1
         with pytest.raises(ConfigError):
             ring.open(bytes(altered))
-    for text in (b"", b"k1:", b"k9:" + sealed[3:], b"k1:" + b"x" * 12):
+    for text in (b"", name + b":", b"k9:" + sealed[len(name) + 1 :], name + b":" + b"x" * 12):
         with pytest.raises(ConfigError):
             ring.open(text)

@@ -166,13 +166,18 @@ def test_the_defaults_are_those_of_owasp() -> None:
 
 
 def test_what_is_remembered_holds_for_one_account_password_and_epoch(kept: AccountPasswords) -> None:
-    kept.remember(1, "one", 7)
-    assert kept.is_known(1, "one", 7)
-    assert not kept.is_known(2, "one", 7)
-    assert not kept.is_known(1, "two", 7)
-    assert not kept.is_known(1, "one", 8)
-    assert not kept.is_known(1, "one", 7), "an entry that failed once is gone"
-    assert b"one" not in b"".join(kept._known)
+    kept.remember(1, "one", 7, "192.0.2.1")
+    assert kept.is_known(1, "one", 7, "192.0.2.1")
+    assert not kept.is_known(2, "one", 7, "192.0.2.1")
+    assert not kept.is_known(1, "two", 7, "192.0.2.1")
+    assert not kept.is_known(1, "one", 8, "192.0.2.1")
+
+
+def test_a_password_is_known_elsewhere_too_unless_guesses_are_being_refused(kept: AccountPasswords) -> None:
+    kept.remember(1, "one", 7, "192.0.2.1")
+    assert not kept.is_known(1, "one", 7, "192.0.2.2", anywhere=False)
+    assert kept.is_known(1, "one", 7, "192.0.2.2")
+    assert kept.is_known(1, "one", 7, "192.0.2.2", anywhere=False), "it was used there since"
 
 
 def test_addresses_are_compared_as_addresses() -> None:

@@ -235,3 +235,119 @@ def test_another_key_file_opens_nothing(sqlite_door: Door) -> None:
                 tx, other, account, code_at(made.secret, NOW), window_steps=1, now=NOW
             )
         )
+
+
+# -- what removing takes, and what else there is --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("password", "second", "own", "allowed"),
+    [
+        (True, True, True, True),
+        (True, False, True, False),
+        (False, True, True, False),
+        (False, False, True, False),
+        (True, True, False, False),
+    ],
+)
+def test_removing_ones_own_takes_the_password_and_a_log_in_that_passed_the_second_factor(
+    sqlite_door: Door, password: bool, second: bool, own: bool, allowed: bool
+) -> None:
+    door = sqlite_door
+    account, bob = door.account(), door.account("bob")
+    door.turn_on_second_factor(account)
+    proven = secondfactor.Proven(account.id if own else bob.id, password=password, second_factor=second)
+
+    def act() -> None:
+        door.write(lambda tx: secondfactor.remove_own(tx, account, None, proven, address="192.0.2.1"))
+
+    if not allowed:
+        with pytest.raises(Forbidden):
+            act()
+        assert is_on(door, account)
+        return
+    act()
+    assert not is_on(door, account)
+    with door.database.read() as tx:
+        last = directory.notices(tx, account, limit=1)[0]
+    assert (last["action"], last["actor"], last["address"]) == (
+        "second-factor.remove",
+        account.sync_id,
+        "192.0.2.1",
+    )
+    assert "reason" not in last["detail"]
+
+
+def test_an_operators_removal_is_told_at_both_addresses_with_the_reason(door: Door) -> None:
+    account = door.account()
+    door.write(lambda tx: accounts.set_recovery(tx, account, email="a@example.net"))
+    door.turn_on_second_factor(account)
+    door.turn_on_second_factor(account)
+    with door.database.read() as tx:
+        first = directory.second_factors(tx, account)[0]["id"]
+    door.write(lambda tx: secondfactor.remove(tx, account, first, reason="lost phone"))
+    assert is_on(door, account)
+    with door.database.read() as tx:
+        last = directory.notices(tx, account, limit=1)[0]
+    assert last["detail"] == {
+        "id": first,
+        "names": ["app"],
+        "still_on": True,
+        "reason": "lost phone",
+        "told": ["alice@example.org", "a@example.net"],
+    }
+
+
+def test_the_log_in_offers_every_other_method_and_last_of_all_help(door: Door) -> None:
+    account = door.account()
+
+    def kinds() -> list[tuple[str, str]]:
+        with door.database.read() as tx:
+            return [(each.kind, each.name) for each in secondfactor.alternatives(tx, account)]
+
+    assert kinds() == [("help", "")]
+    enrol(door, account)
+    assert kinds() == [("help", "")], "a factor that was never confirmed is none"
+    made = enrol(door, account)
+    codes = confirm(door, account, code_at(made.secret, NOW))
+    second = door.write(lambda tx: secondfactor.enrol_totp(tx, door.keys, account, "tablet", "ksync"))
+    confirm(door, account, code_at(second.secret, NOW))
+    assert kinds() == [("totp", "phone"), ("totp", "tablet"), ("recovery-code", ""), ("help", "")]
+    for code in codes:
+        assert use(door, account, code)
+    assert kinds() == [("totp", "phone"), ("totp", "tablet"), ("help", "")]
+
+
+def test_a_used_recovery_code_is_told_with_how_many_are_left(door: Door) -> None:
+    account = door.account()
+    made = enrol(door, account)
+    codes = confirm(door, account, code_at(made.secret, NOW))
+    for left in (9, 8):
+        assert use(door, account, codes[left])
+        with door.database.read() as tx:
+            last = directory.notices(tx, account, limit=1)[0]
+        assert (last["action"], last["detail"]) == ("second-factor.recovery-code-used", {"left": left})
+
+
+def test_a_code_with_leading_zeros_works(door: Door) -> None:
+    account = door.account()
+    made = enrol(door, account)
+    confirm(door, account, code_at(made.secret, NOW))
+    at = NOW + 60
+    while not (code := code_at(made.secret, at)).startswith("0"):
+        at += 30
+    assert not verify(door, account, code.lstrip("0"), at)
+    assert verify(door, account, code, at)
+
+
+def test_the_removed_factors_codes_open_nothing_after_it_is_on_again(door: Door) -> None:
+    account = door.account()
+    first = enrol(door, account)
+    old = confirm(door, account, code_at(first.secret, NOW))
+    door.write(lambda tx: secondfactor.remove(tx, account, None, reason="new phone"))
+    second = enrol(door, account)
+    new = confirm(door, account, code_at(second.secret, NOW))
+    assert not verify(door, account, code_at(first.secret, NOW + 30), NOW + 30)
+    assert verify(door, account, code_at(second.secret, NOW + 30), NOW + 30)
+    assert not use(door, account, old[0])
+    assert use(door, account, new[0])

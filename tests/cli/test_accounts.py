@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ksync_server import settings
-from ksync_server.auth.gate import Credentials, DriveTarget, Gate, Service
-from ksync_server.cli import accounts as account_commands
-from ksync_server.cli import organizations as organization_commands
-from ksync_server.cli.context import Context, Main
+from ksync_server.auth import accounts
+from ksync_server.auth.gate import Credentials, DriveTarget, Gate, Service, owner
+from ksync_server.cli import main
+from ksync_server.drive import tree
 from ksync_server.errors import Forbidden, NotAuthenticated
 from ksync_server.http import Peer
 from ksync_server.store import schema
-from ksync_server.store.database import Database
+from ksync_server.store.database import Database, Write
 from ksync_server.worker import open_services
 
 PASSWORD = "a long enough pass phrase"
@@ -39,10 +40,7 @@ class Shell:
 
     def run(self, *words: str, given: str = "", code: int = 0) -> Result:
         """Run a command; `given` is its standard input."""
-        group = Main("ksync-server")
-        for each in (account_commands, organization_commands):
-            each.register(group)
-        result = CliRunner().invoke(group, words, input=given, obj=Context(self.config))
+        result = CliRunner().invoke(main, ["--config", str(self.config), *words], input=given)
         assert result.exit_code == code, (words, result.output)
         return result
 
@@ -78,6 +76,7 @@ def shell(database_url: str, tmp_path: Path) -> Shell:
     config.write_text(
         f'[database]\nurl = "{database_url}"\n[auth]\nargon2_memory_kib = 8\nargon2_time = 1\n'
         '[hosts]\nsync = ["sync.example.org"]\ndrive_suffix = "connect.example.org"\n'
+        '[accounts]\nhosted_domains = ["example.org"]\n'
     )
     database = Database(settings.load(config).database, threads=1)
     schema.migrate(database)
@@ -310,10 +309,7 @@ def _leaves(
 
 
 def _registered() -> list[tuple[tuple[str, ...], click.Command]]:
-    group = Main("ksync-server")
-    account_commands.register(group)
-    organization_commands.register(group)
-    return list(_leaves(group))
+    return list(_leaves(main))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +319,8 @@ def test_every_command_takes_json_explains_itself_and_takes_no_secret_as_argumen
     path: tuple[str, ...], command: click.Command
 ) -> None:
     names = {option for each in command.params for option in each.opts}
-    assert "--json" in names
+    assert {"--json", "--set"} <= names
+    assert "--config" in names or path == ("demo",)
     assert command.help
     assert not {"--password", "--code", "--secret"} & names
 
@@ -363,14 +360,228 @@ def test_the_program_itself_has_the_commands(shell: Shell) -> None:
             sys.executable,
             "-m",
             "ksync_server.cli",
-            "--config",
-            str(shell.config),
             "account",
             "list",
             "--json",
+            "--config",
+            str(shell.config),
         ],
         capture_output=True,
         check=False,
         env={**os.environ, "PYTHONPATH": "src"},
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, b"[]\n", b"")
+
+
+# -- lifecycle ------------------------------------------------------------------------------------
+
+
+def test_an_account_is_deleted_and_restored(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    secret = shell.json("app-password", "create", sync_id, "--name", "phone")["secret"]
+    deleted = shell.json("account", "delete", sync_id)
+    assert deleted["state"] == "deleted"
+    assert deleted["purge_at"] > time.time() + 29 * 86400
+    for shown in (PASSWORD, secret):
+        with pytest.raises(NotAuthenticated):
+            log_in(gate, sync_id, shown)
+    assert "restore it first" in shell.refusal("account", "resume", sync_id)
+    assert shell.json("account", "list")[0]["state"] == "deleted"
+    restored = shell.json("account", "restore", sync_id)
+    assert (restored["state"], restored["purge_at"]) == ("active", None)
+    for shown in (PASSWORD, secret):
+        log_in(gate, sync_id, shown)
+    assert "not deleted" in shell.refusal("account", "restore", sync_id)
+
+
+def test_a_lost_login_address_is_replaced_until_a_new_one_is_given(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    shell.json("account", "recovery", sync_id, "--email", "me@example.net")
+    made = shell.json("account", "login-lost", "alice@example.org")
+    assert (made["sync_id"], made["recovery_email"]) == (sync_id, "me@example.net")
+    with pytest.raises(NotAuthenticated):
+        log_in(gate, "alice@example.org", PASSWORD)
+    for name in (sync_id, made["login"]):
+        log_in(gate, name, PASSWORD)
+    assert shell.json("account", "show", sync_id)["state"] == "connection address being changed"
+    assert "not an address of this server" in shell.refusal("account", "login-lost", sync_id)
+    assert shell.json("account", "email", sync_id, "me@example.net")["state"] == "active"
+    assert "not an address of this server" in shell.refusal("account", "login-lost", sync_id)
+    log_in(gate, "me@example.net", PASSWORD)
+
+
+def test_an_operator_starts_a_reset_and_chooses_nothing(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    shell.refusal("account", "reset", sync_id, code=2)
+    reset = ("account", "reset", sync_id, "--reason", "called us")
+    assert "no recovery e-mail" in shell.refusal(*reset)
+    shell.json("account", "recovery", sync_id, "--email", "me@example.net")
+    assert shell.json(*reset) == {"sync_id": sync_id, "told": "me@example.net"}
+    log_in(gate, sync_id, PASSWORD)
+    (notice, *_) = shell.json("account", "notices", sync_id)
+    assert (notice["action"], notice["detail"]["reason"]) == ("account.reset", "called us")
+
+
+def test_the_audit_is_filtered(shell: Shell) -> None:
+    sync_id = shell.create()
+    organization = str(shell.json("org", "create", "Example")["id"])
+    shell.json("app-password", "create", sync_id, "--name", "phone")
+
+    def actions(*words: str) -> list[str]:
+        return [row["action"] for row in shell.json("audit", "list", *words)]
+
+    assert actions(sync_id) == ["app-password.create", "account.create"]
+    assert actions("--subject", organization) == ["org.create"]
+    assert actions("--action", "account.", "--action", "org.create") == ["org.create", "account.create"]
+    assert actions("--since", "2001-01-01", "--limit", "1") == ["app-password.create"]
+    assert actions("--since", "2099-01-01") == []
+    assert "no account" in shell.refusal("audit", "list", "nobody")
+    shell.refusal("audit", "list", sync_id, "--subject", organization, code=2)
+
+
+def test_an_organization_requires_a_second_factor(shell: Shell, gate: Gate) -> None:
+    organization = str(shell.json("org", "create", "Example")["id"])
+    alice = shell.create("alice", "--organization", organization)
+    eve = shell.create("eve", "--organization", organization, "--role", "external")
+    answer = shell.json("org", "require-second-factor", organization, "on")
+    assert (answer["required"], set(answer["stopped"])) == (True, {alice, eve})
+    log_in(gate, alice, PASSWORD)
+    rows = shell.json("org", "member", "list", organization, "--without-second-factor")
+    assert {row["sync_id"] for row in rows if row["stopped"]} == {alice, eve}
+    alert = shell.json("org", "member", "alert", organization, alice)
+    assert (alert["sync_id"], alert["second_factor"], alert["required"]) == (alice, False, True)
+    assert shell.json("account", "notices", alice)[0]["action"] == "security.alert"
+    assert "Only externals" in shell.refusal("org", "member", "leave", organization, alice)
+    shell.json("org", "member", "leave", organization, eve)
+    assert [row["sync_id"] for row in shell.json("org", "member", "list", organization)] == [alice]
+    assert shell.json("org", "require-second-factor", organization, "off")["stopped"] == []
+
+
+def test_products_are_bought_grown_moved_and_cancelled(shell: Shell) -> None:
+    organization, other = (str(shell.json("org", "create", name)["id"]) for name in ("One", "Two"))
+    shell.create("alice", "--organization", organization, "--role", "legal_representative")
+    create = ("product", "create", organization)
+    made = shell.json(*create, "kdrive-team", "--seats", "3", "--unpaid", "--trial-until", "2099-01-01")
+    product = str(made["id"])
+    assert (made["seats"], made["users"], made["paid"], made["storage_bytes"]) == (3, 0, False, 3 * 10**12)
+    drive = str(shell.json("drive", "create", product, "Files", "--member", "alice@example.org")["id"])
+    assert shell.json("product", "seats", product, "5")["seats"] == 5
+    assert "3 to 30" in shell.refusal("product", "seats", product, "31")
+    assert shell.json("product", "storage", product, str(4 * 10**12))["storage_bytes"] == 4 * 10**12
+    convert = ("product", "convert-to-ksuite", product, "ksuite-business")
+    assert "not paid" in shell.refusal(*convert)
+    shell.json("product", "paid", product, "yes", "--trial-until", "2099-01-01")
+    assert "on trial" in shell.refusal(*convert)
+    assert shell.json("product", "paid", product, "yes")["trial_until"] is None
+    suite = shell.json(*convert)
+    assert (suite["ksuite"], suite["offer"], suite["seats"]) == (True, "ksuite-business", 5)
+    assert (suite["storage_bytes"], suite["drives"]) == (4 * 10**12, [int(drive)])
+    assert "only goes up" in shell.refusal("offer", "set", "--product", product, "ksuite-standard")
+    assert "not transferable" in shell.refusal("product", "move", product, other)
+    assert "has a kSuite already" in shell.refusal(*create, "ksuite-free")
+    solo = str(shell.json(*create, "kdrive-solo")["id"])
+    assert "part of kSuite" in shell.refusal("drive", "move", drive, solo)
+    assert "part of kSuite" in shell.refusal("drive", "cancel", drive)
+    second = str(shell.json("drive", "create", solo, "More")["id"])
+    shell.json("drive", "move", second, product)
+    shell.json("product", "move", solo, other)
+    assert shell.json("product", "show", solo)["organization_id"] == int(other)
+    assert "Cancel them first" in shell.refusal("org", "delete", other)
+    assert "last legal representative" in shell.refusal("account", "delete", "alice@example.org")
+    for each in (solo, product):
+        shell.json("product", "cancel", each)
+    shell.json("org", "delete", other)
+    shell.json("account", "delete", "alice@example.org")
+    assert shell.json("product", "list") == shell.json("drive", "list") == []
+
+
+def test_keys_are_listed_prepared_rotated_and_retired(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    secret = shell.json("app-password", "create", sync_id, "--name", "phone")["secret"]
+    (first,) = shell.json("keys", "list")
+    assert (first["in_file"], first["current"], first["application_passwords"]) == (True, True, 1)
+    old = first["id"]
+    prepared = shell.json("keys", "rotate", "--prepare")
+    assert not prepared["current"]
+    assert shell.json("keys", "rotate") == {"id": prepared["id"], "current": True, "moved": 0}
+    assert "requests that began before" in shell.refusal("keys", "retire", old)
+    assert "rotate first" in shell.refusal("keys", "retire", prepared["id"])
+    assert [row["sync_id"] for row in shell.json("keys", "holders", old)] == [sync_id]
+    log_in(gate, sync_id, secret)
+    gate.flush()
+    assert shell.json("keys", "holders", old) == []
+    rows = {row["id"]: row for row in shell.json("keys", "list")}
+    assert rows[prepared["id"]]["application_passwords"] == 1
+    text = shell.config.parent / "data" / "keys.toml"
+    lines = text.read_text().splitlines()
+    text.write_text("\n".join(line for line in lines if not line.startswith("current_since")))
+    assert shell.json("keys", "retire", old) == {"id": old}
+    log_in(gate, sync_id, secret)
+    assert f"no key set {old!r}" in shell.refusal("keys", "retire", old)
+
+
+def test_serving_with_another_key_file_is_refused(shell: Shell) -> None:
+    sync_id = shell.create()
+    shell.json("app-password", "create", sync_id, "--name", "phone")
+    (shell.config.parent / "data" / "keys.toml").unlink()
+    shell.json("account", "list")
+    rows = {row["id"]: row["in_file"] for row in shell.json("keys", "list")}
+    assert sorted(rows.values()) == [False, True]
+    assert "Not in this machine's key file" in shell.run("keys", "list").stdout
+    run = subprocess.run(
+        [sys.executable, "-m", "ksync_server.cli", "serve", "--config", str(shell.config)],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": "src"},
+    )
+    assert run.returncode == 1
+    assert "which 1 stored secrets need" in run.stderr
+
+
+def test_an_application_password_for_one_drive_one_folder_or_reading_alone(shell: Shell) -> None:
+    sync_id = shell.create()
+    organization = shell.json("org", "create", "Example")["id"]
+    shell.json("org", "member", "add", str(organization), sync_id, "--role", "administrator")
+    product = shell.json("product", "create", str(organization), "kdrive-solo")["id"]
+    drive = str(shell.json("drive", "create", str(product), "Files")["id"])
+    create = ("app-password", "create", sync_id, "--name", "NAS")
+    assert "has no drive" in shell.refusal(*create, "--drive", drive)
+    shell.json("drive", "member", "add", drive, sync_id)
+    services = open_services(settings.load(shell.config))
+    make_folders(services, sync_id, int(drive), "Projects", "Next")
+    services.close()
+    shell.json(*create, "--drive", drive, "--read-only")
+    shell.json(*create, "--drive", drive, "--folder", "/Projects/Next/")
+    shell.json(*create, "--drive", drive, "--folder", "Files/Projects")
+    shell.json(*create, "--drive", drive, "--folder", "Common documents", "--scope", "drive")
+    shell.json(*create, "--read-only", "--scope", "caldav")
+    rows = shell.json("app-password", "list", sync_id)
+    assert [(row["scopes"], row["read_only"], row["drive_id"]) for row in rows] == [
+        (["drive"], True, int(drive)),
+        (["drive"], False, int(drive)),
+        (["drive"], False, int(drive)),
+        (["drive"], False, int(drive)),
+        (["caldav"], True, None),
+    ]
+    assert [row["folder_id"] is None for row in rows] == [True, False, False, False, True]
+    for folder in ("Nowhere", "Deleted items", "../Projects", "Projects/Next/deeper"):
+        shell.refusal(*create, "--drive", drive, "--folder", folder)
+    shell.refusal(*create, "--folder", "Projects", code=2)
+    assert "scope drive alone" in shell.refusal(*create, "--drive", drive, "--scope", "caldav")
+    assert len(shell.json("app-password", "list", sync_id)) == 5
+
+
+def make_folders(services: Any, sync_id: str, drive_id: int, *names: str) -> None:
+    """Folders inside each other in the account's own files."""
+
+    def make(tx: Write) -> None:
+        me = owner(accounts.get(tx, sync_id))
+        view = tree.View(
+            services.gate.authorize(tx, me, DriveTarget(drive_id), "MKCOL"), services.settings.drive, False
+        )
+        for depth in range(1, len(names) + 1):
+            tree.make_folder(tree.begin(tx, view), tree.resolve(tx, view, names[:depth]))
+
+    services.database.write(make)

@@ -154,7 +154,11 @@ def test_commands_without_a_configuration_say_so(tmp_path: Path, monkeypatch: py
 def test_check_config_and_migrate(tmp_path: Path) -> None:
     config = tmp_path / "ksync.toml"
     config.write_text("")
-    assert CliRunner().invoke(main, ["check-config", "--config", str(config)]).exit_code == 0
+    result = CliRunner().invoke(main, ["check-config", "--config", str(config)])
+    assert (result.exit_code, "Note: mail.relay is not set" in result.output) == (0, True)
+    told = ["--set", "mail.relay=relay.example.org", "--set", "mail.from_address=noreply@example.org"]
+    result = CliRunner().invoke(main, ["check-config", "--config", str(config), *told])
+    assert (result.exit_code, "Note" in result.output) == (0, False)
     result = CliRunner().invoke(main, ["--config", str(config), "migrate", "--json"])
     assert (result.exit_code, json.loads(result.output)["from"]) == (0, 0)
     result = CliRunner().invoke(main, ["--config", str(config), "migrate"])
@@ -169,6 +173,8 @@ def test_check_config_finds_what_the_server_would_refuse_when_it_starts(tmp_path
     config.write_text(
         "offers_file = 'none.toml'\n[server]\nlisten = ['nowhere']\n"
         "admin_listen = '127.0.0.1:99999'\ntrusted_proxies = ['1.2.3']\n"
+        "listen_tls = [':x']\nproxy_protocol = ['::/129']\n"
+        "[tls]\ncertificates = ['none.pem']\nkeys = ['none.key']\n"
     )
     result = CliRunner().invoke(main, ["check-config", "--config", str(config), "--json"])
     said = json.loads(result.stdout)
@@ -178,6 +184,9 @@ def test_check_config_finds_what_the_server_would_refuse_when_it_starts(tmp_path
         (3, "server.listen"),
         (4, "server.admin_listen"),
         (5, "server.trusted_proxies"),
+        (6, "server.listen_tls"),
+        (7, "server.proxy_protocol"),
+        (9, "tls.certificates"),
     }
     result = CliRunner().invoke(main, ["check-config", "--config", str(config)])
     assert f"Error: {config}, line 3: server.listen: 'nowhere' is not host:port\n" in result.stderr

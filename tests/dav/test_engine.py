@@ -16,12 +16,12 @@ from ksync_server.dav import collections, engine, objects, places, properties
 from ksync_server.dav.collections import Collection
 from ksync_server.dav.engine import Answer, Ask, Engine
 from ksync_server.dav.places import Kind
-from ksync_server.errors import ClientError, PreconditionFailed
+from ksync_server.errors import ClientError, InsufficientStorage, PreconditionFailed
 from ksync_server.store import blobs, schema
 from ksync_server.store.database import Database, Read, Write
 from ksync_server.wire import xml
 
-LIMITS = configuration.Dav(max_property_bytes=500, max_objects=10, max_collections=5)
+LIMITS = configuration.Dav(max_property_bytes=500, max_dead_bytes=1200, max_objects=10, max_collections=5)
 COLOR = "{http://apple.com/ns/ical/}calendar-color"
 NAME = "wörk 'x:y"
 
@@ -221,6 +221,23 @@ def test_property_limits_refuse_a_large_value(house: House) -> None:
     house.run("MKCALENDAR", "calendars/AB12345/a")
     body = update(setting(f"<d:displayname>{'x' * 1000}</d:displayname>"))
     assert house.run("PROPPATCH", "calendars/AB12345/a", body).failed == {"{DAV:}displayname": (507, None)}
+
+
+def test_properties_of_a_collection_have_a_limit_together(house: House) -> None:
+    """A home is listed from memory: without it one account's properties could fill it."""
+    house.run("MKCALENDAR", "calendars/AB12345/a")
+    for number in range(4):
+        body = update(setting(f'<e:p{number} xmlns:e="urn:example">{"x" * 300}</e:p{number}>'))
+        if number < 3:
+            assert house.run("PROPPATCH", "calendars/AB12345/a", body).failed == {}
+        else:
+            with pytest.raises(InsufficientStorage):
+                house.run("PROPPATCH", "calendars/AB12345/a", body)
+    assert set(house.stored("a")) == {f"{{urn:example}}p{number}" for number in range(3)}
+    many = [f'<e:p{number} xmlns:e="urn:example">{"x" * 300}</e:p{number}>' for number in range(4)]
+    with pytest.raises(InsufficientStorage):
+        house.run("MKCALENDAR", "calendars/AB12345/b", mkcalendar(*many))
+    assert "b" not in house.names()
 
 
 @pytest.mark.spec("RFC 4791 §5.2.2")

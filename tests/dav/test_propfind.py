@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from ksync_server.dav import collections
 from ksync_server.dav.places import Kind
+from ksync_server.store import tables as t
 from tests.dav.harness import Client, calendar, card, event
 
 D = "{DAV:}"
@@ -368,6 +371,20 @@ def test_a_listing_during_which_something_changes_is_not_kept(client: Client) ->
     assert rows[path + "e000500.ics"].text(D + "getetag") == etag
 
 
+def test_a_kept_listing_does_not_outlive_a_restore(client: Client) -> None:
+    path = client.make()
+    client.fill(path, 500)
+
+    def listed() -> set[str]:
+        rows = client.propfind(path, D + "getetag", depth="1").rows()
+        return {row.text(D + "getetag") for name, row in rows.items() if name != path}
+
+    before = listed()
+    assert listed() == before, "kept now"
+    client.store.database.write(lambda tx: tx.execute(sa.update(t.store).values(generation="beef")) and None)
+    assert listed() == {'"beef-' + etag.partition("-")[2] for etag in before} != before
+
+
 def test_a_listing_over_the_cache_is_whole_each_time(make_client: Callable[..., Client]) -> None:
     client = make_client(body_cache_bytes=1000)
     path = client.make()
@@ -394,3 +411,25 @@ def test_an_object_describes_itself(client: Client) -> None:
     assert row.text(D + "getcontentlength") == str(len(card("a", "A")))
     assert row.found[D + "resourcetype"].elements() == []
     assert client.prop(book + "a.vcf", A + "address-data").refused == {A + "address-data": 404}
+
+
+@pytest.mark.spec("RFC 3744 §5.4")
+def test_a_program_that_may_only_read_is_told_so_in_every_place(client: Client) -> None:
+    """A listing kept for a program that may write is not shown to one that may not."""
+    calendar_, book = client.make(), client.make(Kind.ADDRESSBOOK)
+    assert client.put(f"{calendar_}e.ics", event("e")).status == 201
+    name = D + "current-user-privilege-set"
+
+    def privileges(path: str, depth: str) -> set[str]:
+        rows = client.propfind(path, name, depth=depth).rows().values()
+        return {privilege.elements()[0].tag for row in rows for privilege in row.found[name].elements()}
+
+    places = (client.home, client.books, calendar_, book, f"{calendar_}e.ics")
+    for path in places:
+        assert privileges(path, "0") & {D + "write", D + "bind"}, path
+        assert privileges(path, "1") & {D + "write", D + "bind"}, path
+    client.identity = replace(client.identity, read_only=True)
+    reading = {D + "read", D + "read-current-user-privilege-set", C + "read-free-busy"}
+    for path in (*places, "/", client.principal):
+        for depth in "01":
+            assert privileges(path, depth) <= reading, (path, depth)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from ksync_server.dav import collections
+from ksync_server.dav import collections, queries
 from ksync_server.dav.places import Kind
 from ksync_server.wire import xml
 from tests.dav.harness import Client, Row, calendar, card, component, event
@@ -169,13 +170,55 @@ def test_an_object_that_expands_to_too_much_costs_itself_only(make_client: Calla
 
 
 def test_an_answer_that_grows_too_large_says_so(make_client: Callable[..., Client]) -> None:
-    client = make_client(max_answer_bytes=1)
+    client = make_client(max_answer_bytes=len(event("a")))
     path = client.make()
     for name in "ab":
         client.put(f"{path}{name}.ics", event(name))
     inner = '<c:calendar-data><c:expand start="20260501T000000Z" end="20260601T000000Z"/></c:calendar-data>'
     rows = query(client, path, prop=f"<d:prop>{inner}</d:prop>")
     assert [row.refused for row in rows.values()] == [{}, {C + "calendar-data": 507}]
+
+
+def test_a_query_reads_large_objects_a_few_at_a_time(
+    make_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of 200 objects of the largest size would be gigabytes in memory."""
+    monkeypatch.setattr(queries, "_READ_AT_ONCE", 50_000)
+    at_once: list[int] = []
+    portions = queries._portions
+
+    def counted(*given: Any) -> Iterator[list[Any]]:
+        for some in portions(*given):
+            at_once.append(len(some))
+            yield some
+
+    monkeypatch.setattr(queries, "_portions", counted)
+    client = make_client()
+    path, book = client.make(), client.make(Kind.ADDRESSBOOK)
+    for number in range(6):
+        client.put(f"{path}{number}.ics", event(f"e{number}", "DESCRIPTION:" + "x" * 20_000))
+        large = card(f"c{number}", "x", "NOTE:" + "x" * 20_000)
+        assert client.put(f"{book}{number}.vcf", large).status == 201
+    rows = query(client, path, prop="<d:prop><c:calendar-data/></d:prop>")
+    assert len(rows) == 6
+    assert all("x" * 20_000 in row.text(C + "calendar-data").replace("\r\n ", "") for row in rows.values())
+    answer = client.report(
+        book, "card:addressbook-query", "<d:prop><card:address-data/></d:prop><card:filter/>"
+    )
+    assert len(answer.rows()) == 6
+    assert at_once == [2] * 6
+
+
+def test_one_object_cannot_make_an_answer_too_large(make_client: Callable[..., Client]) -> None:
+    """CVE-2025-59045: a large text, repeated by a rule, in as many instances as the client asks for."""
+    client = make_client(max_answer_bytes=100_000)
+    path = client.make()
+    client.put(path + "large.ics", event("large", "RRULE:FREQ=HOURLY", "DESCRIPTION:" + "x" * 10_000))
+    client.put(path + "small.ics", event("small"))
+    inner = '<c:calendar-data><c:expand start="20260501T000000Z" end="20260601T000000Z"/></c:calendar-data>'
+    rows = query(client, path, prop=f"<d:prop>{inner}</d:prop>")
+    assert rows[path + "large.ics"].refused == {C + "calendar-data": 507}
+    assert rows[path + "small.ics"].text(C + "calendar-data").count("BEGIN:VEVENT") == 1
 
 
 @pytest.mark.parametrize(

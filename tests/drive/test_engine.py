@@ -488,7 +488,7 @@ def test_unknown_elements_of_a_lock_body_are_ignored(client: Client) -> None:
 
 
 def test_a_lock_owner_has_a_limit(make_client: MakeClient) -> None:
-    client = make_client(max_property_bytes=1000)
+    client = make_client(max_lock_owner_bytes=1000)
     assert client.send("LOCK", "/new", lock_body(owner=f"<d:owner>{'x' * 1001}</d:owner>")).status == 413
     assert names(client, "/") == []
 
@@ -662,6 +662,20 @@ def test_properties_have_limits(make_client: MakeClient) -> None:
     client.send("PROPPATCH", "/file", patch(set_("<e:a/><e:b/><e:c/>")))
     swapped = client.send("PROPPATCH", "/file", patch(remove("<e:a/>"), set_("<e:d/>")))
     assert set(statuses(swapped).values()) == {200}
+
+
+def test_properties_have_a_limit_together(make_client: MakeClient) -> None:
+    """No quota counts them, and a listing holds all of a resource in memory."""
+    client = make_client(max_dead_bytes=1000)
+    client.put("/file")
+    half = "x" * 400
+    assert set(statuses(client.send("PROPPATCH", "/file", patch(set_(f"<e:a>{half}</e:a>")))).values()) == {
+        200
+    }
+    many = client.send("PROPPATCH", "/file", patch(set_(f"<e:b>{half}</e:b><e:c>{half}</e:c>")))
+    assert statuses(many) == {"{urn:example}b": 424, "{urn:example}c": 507}
+    instead = client.send("PROPPATCH", "/file", patch(remove("<e:a/>"), set_(f"<e:b>{half}</e:b>")))
+    assert set(statuses(instead).values()) == {200}
 
 
 @pytest.mark.spec("RFC 4918 §9.8.2")

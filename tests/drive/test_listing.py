@@ -12,11 +12,11 @@ from urllib.parse import quote
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.drive import locks, tree
+from ksync_server.drive import listing, locks, tree
 from ksync_server.drive.listing import LIVE
 from ksync_server.store import blobs
 from ksync_server.store import tables as t
-from ksync_server.store.database import Write
+from ksync_server.store.database import Read, Write
 from tests.drive.harness import Client, Drive
 
 D, OC, MS = "{DAV:}", "{http://owncloud.org/ns}", "{urn:schemas-microsoft-com:}"
@@ -350,6 +350,52 @@ def test_pages_lose_and_repeat_nothing(client: Client, count: int) -> None:
     hrefs = client.propfind("/f", D + "getetag").hrefs()
     assert hrefs == ["/f/", *(f"/f/{name}" for name in names)]
     assert len(client.propfind("/", D + "getetag", depth="infinity").hrefs()) == count + 3
+
+
+@pytest.mark.parametrize("what", ["dead properties", "locks"])
+def test_members_with_much_to_tell_come_in_smaller_pages(
+    client: Client, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What one account can attach to its files must not be in memory all at once."""
+    pages: list[int] = []
+
+    def counted(walk: listing._Walk, tx: Read) -> str:
+        text = page(walk, tx)
+        pages.append(len(text))
+        return text
+
+    def read(walk: listing._Walk, *given: Any) -> tuple[int, dict[int, dict[str, str]]]:
+        count, found = dead_of(walk, *given)
+        pages.append(sum(len(text) for each in found.values() for text in each.values()))
+        return count, found
+
+    page, dead_of = listing._Walk.page, listing._Walk._dead_of
+    monkeypatch.setattr(listing._Walk, "page", counted)
+    monkeypatch.setattr(listing._Walk, "_dead_of", read)
+    monkeypatch.setattr(listing, "_PAGE_BYTES", 10_000)
+    mkdir(client, "/large")
+    names = [f"f{number:03}" for number in range(30)]
+    fill(client, "/large", names)
+    for name in names if what == "dead properties" else ():
+        for prop in "ab":
+            dead(
+                client,
+                f"/large/{name}",
+                f"{{urn:e}}{prop}",
+                f'<x:{prop} xmlns:x="urn:e">{"x" * 1000}</x:{prop}>',
+            )
+    if what == "locks":
+        locked(client, "/large", infinite=True)
+        with client.drive.database.engine.begin() as connection:
+            connection.execute(
+                sa.update(t.lock).values(owner_xml=f'<x:owner xmlns:x="DAV:">{"x" * 2000}</x:owner>')
+            )
+    body = b'<propfind xmlns="DAV:"><allprop/></propfind>'
+    answer = client.send("PROPFIND", "/large", body, depth="1")
+    assert answer.hrefs() == ["/large/", *(f"/large/{name}" for name in names)]
+    assert answer.text.count("x" * 1000) >= 60
+    assert len(pages) > 4
+    assert max(pages) < 20_000
 
 
 def test_a_tree_of_many_folders_is_listed_whole(client: Client) -> None:

@@ -355,9 +355,10 @@ def test_transfers_of_one_account_are_capped(make_client: Callable[..., Client])
         async def hold() -> bytes:
             entered.set()
             await go.wait()
-            return b"x"
+            return LARGE
 
-        upload = asyncio.create_task(client.answer(client.request("PUT", "/a", {}, [hold], length=None)))
+        request = client.request("PUT", "/a", {}, [hold], length=len(LARGE))
+        upload = asyncio.create_task(client.answer(request))
         download = await client.site.handle(client.request("GET", "/large"), client.identity)
         assert not isinstance(download.body, bytes)
         await take(download.body, 1)
@@ -369,6 +370,31 @@ def test_transfers_of_one_account_are_capped(make_client: Callable[..., Client])
         await upload
         assert len(b"".join([piece async for piece in download.body])) > 0
         assert len((await client.answer(client.request("GET", "/large"))).body) == len(LARGE)
+
+    asyncio.run(run())
+
+
+def test_small_uploads_are_no_transfers_and_one_in_chunks_is_when_it_grows(
+    make_client: Callable[..., Client],
+) -> None:
+    client = make_client(transfers=1)
+    client.put("/large", LARGE)
+
+    async def run() -> None:
+        download = await client.site.handle(client.request("GET", "/large"), client.identity)
+        assert not isinstance(download.body, bytes)
+        await take(download.body, 1)
+        for length in (5, None):
+            answer = await client.answer(client.request("PUT", "/small", {}, [b"small"], length=length))
+            assert answer.status in (201, 204)
+        never = client.request("PUT", "/a", {}, [LARGE], length=len(LARGE))
+        with pytest.raises(Unavailable):
+            await client.answer(never)
+        assert not never.body.started
+        with pytest.raises(Unavailable):
+            await client.answer(client.request("PUT", "/a", {}, [LARGE], length=None))
+        await download.body.aclose()  # type: ignore[attr-defined]
+        assert (await client.answer(client.request("PUT", "/a", {}, [LARGE], length=None))).status == 201
 
     asyncio.run(run())
 

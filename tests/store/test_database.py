@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sqlite3
@@ -150,6 +151,58 @@ def test_a_full_disk_fails_the_whole_group_and_loses_nothing_older(sqlite_url: s
             future.result(10)
     assert seq(database, collection) == 0
     assert database.write(lambda tx: changes.bump(tx, collection)) == 1
+    database.close()
+
+
+def test_a_disk_that_only_reads_asks_for_patience_and_reads_go_on(sqlite_url: str) -> None:
+    database = Database(settings.Database(url=sqlite_url))
+    collection = new_collection(database)
+    database.write(lambda tx: tx.execute(sa.text("PRAGMA query_only=ON")) and None)
+    futures = [database.submit(lambda tx: changes.bump(tx, collection)) for _ in range(3)]
+    for future in futures:
+        failure = future.exception(10)
+        assert isinstance(failure, Unavailable)
+        assert b"retry-after" in dict(failure.headers)
+    assert seq(database, collection) == 0
+    database.close()
+    again = Database(settings.Database(url=sqlite_url))
+    assert again.write(lambda tx: changes.bump(tx, collection)) == 1
+    again.close()
+
+
+def test_a_file_system_that_was_mounted_read_only_asks_for_patience(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(settings.Database(url=sqlite_url))
+    collection = new_collection(database)
+    really = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if str(path).endswith(".lock"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return really(path, flags, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(Unavailable):
+            database.write(lambda tx: changes.bump(tx, collection))
+        assert seq(database, collection) == 0, "reads go on"
+    assert database.write(lambda tx: changes.bump(tx, collection)) == 1
+    database.close()
+
+
+def test_a_standby_that_only_reads_asks_for_patience(postgresql_url: str) -> None:
+    database = Database(settings.Database(url=postgresql_url))
+    collection = new_collection(database)
+    name = database.fast(sa.text("SELECT current_database()"))[0][0]
+    database.close()
+    with psycopg.connect(postgresql_url, autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    database = Database(settings.Database(url=postgresql_url))
+    with pytest.raises(Unavailable) as caught:
+        database.write(lambda tx: changes.bump(tx, collection))
+    assert b"retry-after" in dict(caught.value.headers)
+    assert seq(database, collection) == 0
     database.close()
 
 

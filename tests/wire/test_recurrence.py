@@ -456,6 +456,9 @@ def test_too_many_instances_are_an_end_too() -> None:
     assert len(caught.value.known) == 5
     assert caught.value.complete_until == at("20240106")
     with pytest.raises(TooManySteps) as caught:
+        recurrence.expand(event, *window, PARIS, Budget(max_bytes=500))
+    assert 1 <= len(caught.value.known) < 10
+    with pytest.raises(TooManySteps) as caught:
         recurrence.busy_periods(event, *window, PARIS, Budget(max_instances=5))
     assert len(caught.value.known) == 5
     alarm = "BEGIN:VALARM\nTRIGGER:PT0S\nREPEAT:99\nDURATION:PT1S\nEND:VALARM"

@@ -26,6 +26,7 @@ from ksync_server.wire import xml
 
 SYNC_ID = re.compile(r"[A-Z]{2}[0-9]{5}")
 STATES = ("active", "suspended")
+TEMPORARY_HOST = "login.invalid"  # nobody's (RFC 2606 §2): of log-in names that stand in for a lost address
 _EMAIL = re.compile(r"[^@\s\x00-\x1f:]{1,200}@[^@\s\x00-\x1f:]{1,253}")
 _MOBILE = re.compile(r"\+[1-9][0-9]{6,14}")  # ITU-T E.164
 _BETWEEN_DIGITS = re.compile(r"[\s()./-]")
@@ -44,8 +45,17 @@ class Account:
     display_name: str
     password_hash: str | None
     auth_epoch: int
-    state: str
+    state: str  # active, suspended, deleted, erasing
     second_factor: bool
+    login_lost: bool = False  # its login address is gone: the next web log-in gives a new one (ACC5)
+    purge_at: int | None = None  # deleted: until then it can be restored
+
+    @property
+    def shown_state(self) -> str:
+        """The state as people read it."""
+        if self.state == "active" and self.login_lost:
+            return "connection address being changed"
+        return self.state
 
 
 def fold(name: str) -> str:
@@ -64,10 +74,18 @@ _ACCOUNT_COLUMNS = (
     t.account.c.auth_epoch,
     t.account.c.state,
     t.account.c.second_factor,
+    t.account.c.login_lost_at,
+    t.account.c.purge_at,
 )
 _BY_SYNC_ID = sa.select(*_ACCOUNT_COLUMNS).where(t.account.c.sync_id == sa.bindparam("name"))
 _BY_LOGIN = sa.select(*_ACCOUNT_COLUMNS).where(t.account.c.login_key == sa.bindparam("name"))
 _BY_ID = sa.select(*_ACCOUNT_COLUMNS).where(t.account.c.id == sa.bindparam("id_"))
+_RECOVERY = sa.select(t.account.c.recovery_email, t.account.c.recovery_mobile).where(
+    t.account.c.id == sa.bindparam("id_")
+)
+_ERASED = sa.select(t.audit.c.id).where(
+    t.audit.c.subject == sa.bindparam("name"), t.audit.c.action == "account.erased"
+)
 _RAISE_EPOCH = (
     sa.update(t.account)
     .where(t.account.c.id == sa.bindparam("id_"))
@@ -76,7 +94,7 @@ _RAISE_EPOCH = (
 
 
 def _account(row: tuple[object, ...]) -> Account:
-    number, sync_id, login, shown, hashed, epoch, state, factor = row
+    number, sync_id, login, shown, hashed, epoch, state, factor, lost_at, purge_at = row
     return Account(
         int(str(number)),
         str(sync_id),
@@ -86,6 +104,8 @@ def _account(row: tuple[object, ...]) -> Account:
         int(str(epoch)),
         str(state),
         bool(factor),
+        lost_at is not None,
+        None if purge_at is None else int(str(purge_at)),
     )
 
 
@@ -125,11 +145,31 @@ def get(tx: Read, name: str, sync_hosts: Iterable[str] = ()) -> Account:
     return account
 
 
+def find_by_id(tx: Read, account_id: int) -> Account | None:
+    """The account with this row id."""
+    row = tx.one(_BY_ID, {"id_": account_id})
+    return None if row is None else _account(row)
+
+
 def by_id(tx: Read, account_id: int) -> Account:
     """The account with this row id, which exists."""
-    row = tx.one(_BY_ID, {"id_": account_id})
+    found = find_by_id(tx, account_id)
+    assert found is not None
+    return found
+
+
+def recovery_of(tx: Read, account: Account) -> tuple[str | None, str | None]:
+    """Recovery e-mail and mobile number (ACC1)."""
+    row = tx.one(_RECOVERY, {"id_": account.id})
     assert row is not None
-    return _account(row)
+    return row[0], row[1]
+
+
+def addresses(tx: Read, account: Account) -> list[str]:
+    """Every e-mail address at which its owner is told of what matters most: login and recovery."""
+    login = [] if account.login_lost else [account.login_email]
+    recovery, _ = recovery_of(tx, account)
+    return login + ([recovery] if recovery and recovery not in login else [])
 
 
 def raise_epoch(tx: Write, account_id: int) -> None:
@@ -148,6 +188,8 @@ def checked_email(email: str, sync_hosts: Iterable[str] = ()) -> str:
         raise BadRequest(f"{email!r} is not an e-mail address.")
     if fold(text).rpartition("@")[2] in {fold(host) for host in sync_hosts}:
         raise BadRequest("A login e-mail cannot be at the sync host.")
+    if fold(text).rpartition("@")[2] == TEMPORARY_HOST:
+        raise BadRequest(f"Nobody has an address at {TEMPORARY_HOST}.")
     return text
 
 
@@ -186,8 +228,8 @@ def create_account(
     number = _free_sync_id(tx) if sync_id is None else sync_id.strip().upper()
     if SYNC_ID.fullmatch(number) is None:
         raise BadRequest("A sync id is two letters and five digits.")
-    if tx.one(_BY_SYNC_ID, {"name": number}):
-        raise Conflict(f"{number} belongs to another account.")
+    if tx.one(_BY_SYNC_ID, {"name": number}) or tx.one(_ERASED, {"name": number}):
+        raise Conflict(f"{number} belongs, or belonged, to another account.")
     now = int(time.time())
     row = {
         "sync_id": number,
@@ -214,7 +256,7 @@ def _free_sync_id(tx: Read) -> str:
     for _ in range(1000):
         letters = "".join(secrets.choice(_LETTERS) for _ in range(2))
         number = f"{letters}{secrets.randbelow(100_000):05}"
-        if tx.one(_BY_SYNC_ID, {"name": number}) is None:
+        if not tx.one(_BY_SYNC_ID, {"name": number}) and not tx.one(_ERASED, {"name": number}):
             return number
     raise Conflict("No free sync id was found.")
 
@@ -269,21 +311,29 @@ def change_password(
 
 
 def set_password_hash(
-    tx: Write, account: Account, password_hash: str | None, actor: Actor = OPERATOR
+    tx: Write,
+    account: Account,
+    password_hash: str | None,
+    actor: Actor = OPERATOR,
+    *,
+    how: str | None = None,
 ) -> None:
-    """Replace the password (None: no log-in with one); ends every remembered log-in.
+    """Replace the password (None: no log-in with one); ends every remembered log-in. Its owner is told.
 
     Application passwords live on; revoke them where the password was lost to somebody.
+
+    Args:
+        how: what the audit says of it beside the actor, e.g. `reset`.
     """
-    _update(tx, account.id, password_hash=password_hash)
+    update(tx, account.id, password_hash=password_hash)
     raise_epoch(tx, account.id)
-    audit.record(tx, actor, "account.password", account.sync_id)
+    audit.record(tx, actor, "account.password", account.sync_id, {} if how is None else {"how": how})
 
 
 def set_login_email(
     tx: Write, account: Account, email: str, sync_hosts: Iterable[str] = (), actor: Actor = OPERATOR
 ) -> None:
-    """Change the login e-mail; the old name stops at once.
+    """Change the login e-mail; the old name stops at once. The old address is told too.
 
     Raises:
         BadRequest: malformed.
@@ -293,9 +343,16 @@ def set_login_email(
     other = tx.one(_BY_LOGIN, {"name": fold(text)})
     if other is not None and other[0] != account.id:
         raise Conflict(f"{text} belongs to another account.")
-    _update(tx, account.id, login_email=text, login_key=fold(text))
+    update(tx, account.id, login_email=text, login_key=fold(text), login_lost_at=None)
     raise_epoch(tx, account.id)
-    audit.record(tx, actor, "account.login-email", account.sync_id, {"from": account.login_email, "to": text})
+    told = [*addresses(tx, account), text]
+    audit.record(
+        tx,
+        actor,
+        "account.login-email",
+        account.sync_id,
+        {"from": account.login_email, "to": text, "told": told},
+    )
 
 
 def set_recovery(
@@ -324,8 +381,10 @@ def set_recovery(
             raise BadRequest(f"{mobile!r} is not an international number such as +41 79 123 45 67.")
         changed["recovery_mobile"] = digits or None
     if changed:
-        _update(tx, account.id, **changed)
-        audit.record(tx, actor, "account.recovery", account.sync_id, {"changed": sorted(changed)})
+        told = addresses(tx, account)  # the recovery e-mail as it was: a thief's change is told to its owner
+        update(tx, account.id, **changed)
+        detail: dict[str, object] = {"changed": sorted(changed), "told": told}
+        audit.record(tx, actor, "account.recovery", account.sync_id, detail)
 
 
 def set_state(tx: Write, account: Account, state: str, actor: Actor = OPERATOR) -> None:
@@ -333,13 +392,17 @@ def set_state(tx: Write, account: Account, state: str, actor: Actor = OPERATOR) 
 
     Raises:
         BadRequest: no such state.
+        Conflict: the account is deleted; `removal.restore` takes that back.
     """
     if state not in STATES:
         raise BadRequest(f"A state is one of {', '.join(STATES)}.")
-    _update(tx, account.id, state=state)
+    if by_id(tx, account.id).state not in STATES:
+        raise Conflict(f"{account.sync_id} is deleted: restore it first.")
+    update(tx, account.id, state=state)
     raise_epoch(tx, account.id)
     audit.record(tx, actor, f"account.{state}", account.sync_id)
 
 
-def _update(tx: Write, account_id: int, **values: object) -> None:
+def update(tx: Write, account_id: int, **values: object) -> None:
+    """Write columns of an account's row; rules, epoch and audit are the caller's."""
     tx.execute(sa.update(t.account).where(t.account.c.id == account_id).values(**values))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import sqlalchemy as sa
 
-from ksync_server.auth import audit
+from ksync_server.auth import audit, folders
 from ksync_server.auth.accounts import Account, checked_name
 from ksync_server.auth.audit import OPERATOR, Actor
 from ksync_server.auth.keys import Keys
@@ -21,6 +21,15 @@ from ksync_server.store import tables as t
 from ksync_server.store.database import Write
 
 SCOPES = ("caldav", "carddav", "drive")
+_TOLD = ("name", "scopes", "expires_at", "addresses", "read_only", "drive_id", "folder_id")
+
+_ROOTS = (
+    sa.select(t.drive_member.c.root_id, t.drive.c.common_id)
+    .join(t.drive, t.drive.c.id == t.drive_member.c.drive_id)
+    .where(
+        t.drive.c.id == sa.bindparam("drive_id"), t.drive_member.c.account_id == sa.bindparam("account_id")
+    )
+)
 
 
 def create(
@@ -33,6 +42,9 @@ def create(
     *,
     expires_at: int | None = None,
     addresses: Iterable[str] = (),
+    read_only: bool = False,
+    drive_id: int | None = None,
+    folder_id: int | None = None,
 ) -> tuple[int, AppPassword]:
     """A new application password: its row id and the secret, which is shown now and never again (APP2).
 
@@ -41,16 +53,21 @@ def create(
         scopes: one or more of `SCOPES`.
         expires_at: Unix seconds from which on it is refused; None = never.
         addresses: addresses or networks it works from; none = everywhere.
+        read_only: it changes nothing anywhere.
+        drive_id: the only drive that it opens; it has no scope but `drive` then. None = every one.
+        folder_id: node of the folder that is all it sees of that drive; None = the whole drive.
 
     Raises:
-        BadRequest: a malformed name, no or unknown scopes, an end that has passed, or no network. Nothing was
-            changed.
+        BadRequest: a malformed name, no or unknown scopes, an end that has passed, or no network; a scope
+            besides that of its only drive; a folder without its drive. Nothing was changed.
+        NotFound: the drive is none of the account's, or has no such folder. Nothing was changed.
     """
     wanted = sorted(set(scopes))
     if not wanted or not set(wanted) <= set(SCOPES):
         raise BadRequest(f"Scopes are one or more of {', '.join(SCOPES)}.")
     if expires_at is not None and expires_at <= time.time():
         raise BadRequest("An application password cannot end in the past.")
+    _check_place(tx, account, wanted, drive_id, folder_id)
     secret = new_app_password()
     while tx.execute(sa.select(t.app_password.c.id).where(t.app_password.c.lookup == secret.lookup)).first():
         secret = new_app_password()
@@ -65,6 +82,9 @@ def create(
         "created_at": int(time.time()),
         "expires_at": expires_at,
         "addresses": networks(addresses),
+        "read_only": read_only,
+        "drive_id": drive_id,
+        "folder_id": folder_id,
     }
     number = tx.execute(sa.insert(t.app_password).returning(t.app_password.c.id), row).scalar_one()
     audit.record(
@@ -72,9 +92,29 @@ def create(
         actor,
         "app-password.create",
         account.sync_id,
-        {name: row[name] for name in ("name", "scopes", "expires_at", "addresses")} | {"id": number},
+        {name: row[name] for name in _TOLD} | {"id": number},
     )
     return number, secret
+
+
+def _check_place(
+    tx: Write, account: Account, scopes: list[str], drive_id: int | None, folder_id: int | None
+) -> None:
+    """Whether an application password can be for one drive, or one folder of it."""
+    if drive_id is None:
+        if folder_id is not None:
+            raise BadRequest("A folder needs the drive that it is in.")
+        return
+    if scopes != ["drive"]:
+        raise BadRequest("An application password for one drive has the scope drive alone.")
+    row = tx.one(_ROOTS, {"drive_id": drive_id, "account_id": account.id})
+    if row is None:
+        raise NotFound(f"{account.sync_id} has no drive {drive_id}.")
+    root_id, common_id = row
+    if folder_id is not None and not folders.find(
+        tx, folder_id, drive_id, root_id=root_id, common_id=common_id
+    ):
+        raise NotFound(f"The drive {drive_id} has no such folder.")
 
 
 def revoke(tx: Write, account: Account, number: int | None = None, actor: Actor = OPERATOR) -> int:

@@ -26,6 +26,7 @@ TOLD = frozenset(
         "account.login-email",
         "account.password",
         "account.recovery",
+        "account.reset",
         "account.restored",
         "account.suspended",
         "app-password.create",
@@ -37,7 +38,11 @@ TOLD = frozenset(
         "security.alert",
     ]
 )
-"""Actions whose subject is an account (a sync id) and whose owner gets an e-mail."""
+"""Actions whose subject is an account (a sync id) and whose owner gets an e-mail.
+
+It goes to the addresses that the row's detail names as `told`, as they were at the change; without them, to
+the login e-mail.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,14 @@ Never a secret, hash or digest. Each function reads one table by an index or who
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import sqlalchemy as sa
 
 from ksync_server.auth.accounts import Account
+from ksync_server.auth.audit import TOLD
 from ksync_server.store import tables as t
 from ksync_server.store.database import Read
 
@@ -25,7 +28,14 @@ def accounts(tx: Read, *, without_second_factor: bool = False) -> Rows:
     """Every account by sync id, or those without a second factor (ENF3)."""
     c = t.account.c
     statement = sa.select(
-        c.sync_id, c.login_email, c.display_name, c.state, c.second_factor, c.created_at
+        c.sync_id,
+        c.login_email,
+        c.display_name,
+        c.state,
+        c.second_factor,
+        c.login_lost_at,
+        c.purge_at,
+        c.created_at,
     ).order_by(c.sync_id)
     return _rows(tx, statement.where(c.second_factor.is_(False)) if without_second_factor else statement)
 
@@ -44,22 +54,40 @@ def organizations(tx: Read) -> Rows:
     return _rows(tx, statement.order_by(c.id))
 
 
-def members(tx: Read, organization_id: int) -> Rows:
-    """The members of an organization with their roles."""
-    a, m = t.account.c, t.member.c
+def members(tx: Read, organization_id: int, *, without_second_factor: bool = False) -> Rows:
+    """The members of an organization with their roles, or those without a second factor (ENF3).
+
+    `stopped` are those that the organization's requirement stops at their next web action (ENF1).
+    """
+    a, m, o = t.account.c, t.member.c, t.organization.c
+    stopped = sa.and_(o.requires_second_factor, a.second_factor.is_(False)).label("stopped")
     statement = (
-        sa.select(a.sync_id, a.login_email, a.display_name, m.role, a.second_factor)
-        .select_from(t.member.join(t.account, m.account_id == a.id))
+        sa.select(a.sync_id, a.login_email, a.display_name, m.role, a.state, a.second_factor, stopped)
+        .select_from(
+            t.member.join(t.account, m.account_id == a.id).join(t.organization, m.organization_id == o.id)
+        )
         .where(m.organization_id == organization_id)
     )
-    return _rows(tx, statement.order_by(a.sync_id))
+    if without_second_factor:
+        statement = statement.where(a.second_factor.is_(False))
+    rows = _rows(tx, statement.order_by(a.sync_id))
+    return [{**row, "stopped": bool(row["stopped"])} for row in rows]
 
 
 def products(tx: Read) -> Rows:
-    """Every product with its organization and offer."""
+    """Every product with its organization and offer, what it may hold, and whether it is paid."""
     p, o = t.product.c, t.organization.c
     statement = sa.select(
-        p.id, p.organization_id, o.name.label("organization"), p.offer, p.created_at
+        p.id,
+        p.organization_id,
+        o.name.label("organization"),
+        p.offer,
+        p.ksuite,
+        p.seats,
+        p.storage_bytes,
+        p.paid,
+        p.trial_until,
+        p.created_at,
     ).select_from(t.product.join(t.organization, o.id == p.organization_id))
     return _rows(tx, statement.order_by(p.id))
 
@@ -89,7 +117,8 @@ def app_passwords(tx: Read, account: Account) -> Rows:
     """Application passwords, revoked and expired ones too: created, last used, where and by what (APP2)."""
     c = t.app_password.c
     use = (c.last_used_at, c.last_service, c.last_address, c.last_client)
-    statement = sa.select(c.id, c.name, c.scopes, c.created_at, c.expires_at, c.addresses, c.revoked_at, *use)
+    narrow = (c.scopes, c.read_only, c.drive_id, c.folder_id, c.expires_at, c.addresses)
+    statement = sa.select(c.id, c.name, *narrow, c.created_at, c.revoked_at, *use)
     rows = _rows(tx, statement.where(c.account_id == account.id).order_by(c.id))
     return [{**row, "scopes": row["scopes"].split(), "addresses": row["addresses"].split()} for row in rows]
 
@@ -108,11 +137,59 @@ def recovery_codes_left(tx: Read, account: Account) -> int:
     return int(tx.execute(unused).scalar_one())
 
 
-def audit(tx: Read, *, subject: str | None = None, limit: int = 50) -> Rows:
-    """The newest changes and refusals first, of one subject (a sync id, or an id) or of all."""
+def security(tx: Read, account: Account) -> dict[str, Any]:
+    """The state of an account's security settings: what is set, never the setting of a secret (ENF3)."""
+    a, p = t.account.c, t.app_password.c
+    wanted = (a.second_factor, a.password_hash, a.recovery_email, a.recovery_mobile, a.login_lost_at)
+    row = tx.execute(sa.select(*wanted).where(a.id == account.id)).one()
+    usable = (p.account_id == account.id) & p.revoked_at.is_(None)
+    live = sa.select(sa.func.count()).where(
+        usable, sa.or_(p.expires_at.is_(None), p.expires_at > int(time.time()))
+    )
+    factors = [each for each in second_factors(tx, account) if each["confirmed_at"] is not None]
+    return {
+        "second_factor": bool(row.second_factor),
+        "factors": [{"kind": each["kind"], "name": each["name"]} for each in factors],
+        "recovery_codes_left": recovery_codes_left(tx, account),
+        "password": row.password_hash is not None,
+        "application_passwords": int(tx.execute(live).scalar_one()),
+        "recovery_email": row.recovery_email is not None,
+        "recovery_mobile": row.recovery_mobile is not None,
+        "login_lost": row.login_lost_at is not None,
+    }
+
+
+def audit(
+    tx: Read,
+    *,
+    subject: str | None = None,
+    actions: Iterable[str] = (),
+    since: int | None = None,
+    limit: int = 50,
+) -> Rows:
+    """The newest changes and refusals first.
+
+    Args:
+        subject: only those of one sync id, or id; by an index.
+        actions: only these; one that ends in `.` stands for all that begin with it.
+        since: Unix seconds; nothing older.
+    """
     c = t.audit.c
     statement = sa.select(c.at, c.actor, c.address, c.action, c.subject, c.detail)
     if subject is not None:
         statement = statement.where(c.subject == subject)
+    wanted = [
+        c.action.startswith(each, autoescape=True) if each.endswith(".") else c.action == each
+        for each in actions
+    ]
+    if wanted:
+        statement = statement.where(sa.or_(*wanted))
+    if since is not None:
+        statement = statement.where(c.at >= since)
     rows = _rows(tx, statement.order_by(c.id.desc()).limit(limit))
     return [{**row, "detail": json.loads(row["detail"])} for row in rows]
+
+
+def notices(tx: Read, account: Account, *, limit: int = 50) -> Rows:
+    """What the owner of an account was told, newest first: the audit's rows of that kind, no copy of them."""
+    return audit(tx, subject=account.sync_id, actions=sorted(TOLD), limit=limit)

@@ -7,45 +7,41 @@ from __future__ import annotations
 
 import hmac
 import logging
-import threading
+import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, overload
+from typing import overload
 
 import sqlalchemy as sa
 
 from ksync_server import settings as configuration
-from ksync_server.auth import accounts, app_passwords, audit, passwords
+from ksync_server.auth import accounts, app_passwords, folders, passwords, rules
 from ksync_server.auth.accounts import Account
+from ksync_server.auth.folders import Folder
 from ksync_server.auth.keys import Keys
-from ksync_server.auth.offers import Offer, Offers
+from ksync_server.auth.memory import Memory
+from ksync_server.auth.notes import Notes, Use
+from ksync_server.auth.offers import Offers, storage_of
+from ksync_server.auth.rules import Secret
+from ksync_server.auth.rules import Service as Service
+from ksync_server.auth.throttle import Standing, Throttle, Try
 from ksync_server.errors import (
+    DAV,
     AppPasswordRequired,
+    ClientError,
     ConfigError,
     Forbidden,
     NotAuthenticated,
     NotFound,
     NotImplementedHere,
-    Unavailable,
+    TooManyRequests,
 )
 from ksync_server.http import Peer
 from ksync_server.store import tables as t
-from ksync_server.store.database import Database, Read, Write
+from ksync_server.store.database import Database, Read, Row
 
 log = logging.getLogger(__name__)
-
-
-class Service(StrEnum):
-    """What a secret is being used for; the scopes of application passwords have the same names."""
-
-    CALDAV = "caldav"
-    CARDDAV = "carddav"
-    DRIVE = "drive"
-    SYNC = "sync"  # the sync host where neither calendars nor contacts are addressed: principals, "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +62,14 @@ class Identity:
     display_name: str
     scopes: frozenset[str]  # caldav, carddav, drive
     app_password_id: int | None  # None: the account password
+    read_only: bool = False
+    drive_id: int | None = None  # the only drive that it opens; None: all of the account's
+    folder_id: int | None = None  # node: all that it sees of that drive
+
+    @property
+    def secret(self) -> Secret:
+        """The class of the secret that was shown."""
+        return Secret.ACCOUNT_PASSWORD if self.app_password_id is None else Secret.APP_PASSWORD
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +111,14 @@ class DriveGrant:
     max_chunked_bytes: int
     quota_bytes: int | None  # None = no limit
     used_bytes: int
+    read_only: bool = False
+    folder: Folder | None = None  # all that is seen of the drive, as its root; None: everything
 
-
-VERBS = frozenset({"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT"}) | frozenset(
-    {"PUT", "POST", "DELETE", "PROPPATCH", "MKCOL", "MKCALENDAR", "COPY", "MOVE", "LOCK", "UNLOCK"}
-)
-"""Methods that the gate knows; whether a site has them is the site's to say."""
 
 _REFUSED = "The name or the password is not right, or an application password is needed."
 _NOTHING_HERE = "There is nothing here."
-_TELL_EVERY_S = 3600.0  # the owner is told of one cause once in this time and process
-_REMEMBERED = 10_000  # secrets and accounts whose last note is remembered per process
+_NO_LOOKUP = ""  # no application password has this
+_NEVER = 1 << 60  # Unix seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +128,8 @@ class _Refusal:
     reason: str
     owner: str | None = None  # sync id
     second_factor: bool = False  # the right account password, where only application passwords are taken
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """When and how an application password was used."""
-
-    number: int
-    at: int
-    service: str
-    address: str
-    client: str
+    repeated: bool = False  # this very secret was refused before: a program that does not know better
+    blocked_s: int = 0  # not verified, because of too many wrong ones before
 
 
 _APP_PASSWORD = (
@@ -150,29 +142,26 @@ _APP_PASSWORD = (
         t.app_password.c.expires_at,
         t.app_password.c.addresses,
         t.app_password.c.last_used_at,
+        t.app_password.c.read_only,
+        t.app_password.c.drive_id,
+        t.app_password.c.folder_id,
         t.account.c.id,
         t.account.c.sync_id,
         t.account.c.login_email,
         t.account.c.login_key,
         t.account.c.display_name,
         t.account.c.state,
+        t.account.c.second_factor,
     )
     .join(t.account, t.account.c.id == t.app_password.c.account_id)
     .where(t.app_password.c.lookup == sa.bindparam("lookup"))
 )
-_USED = (
+_REKEY = (
     sa.update(t.app_password)
-    .where(
-        t.app_password.c.id == sa.bindparam("id_"),
-        sa.func.coalesce(t.app_password.c.last_used_at, 0) < sa.bindparam("at"),
-    )
-    .values(
-        last_used_at=sa.bindparam("at"),
-        last_service=sa.bindparam("service"),
-        last_address=sa.bindparam("address"),
-        last_client=sa.bindparam("client"),
-    )
+    .where(t.app_password.c.id == sa.bindparam("id_"), t.app_password.c.key_id == sa.bindparam("old_key"))
+    .values(key_id=sa.bindparam("new_key"), digest=sa.bindparam("digest"))
 )
+_ANY_LOOKUP = sa.select(t.app_password.c.lookup).limit(1)
 _other = t.drive.alias("other")
 _OTHERS_USE = (
     sa.select(sa.func.coalesce(sa.func.sum(_other.c.used_bytes), 0))
@@ -192,6 +181,7 @@ _DRIVE = (
         t.drive.c.max_chunked_bytes,
         t.drive.c.quota_bytes,
         t.drive.c.used_bytes,
+        t.product.c.storage_bytes,
         _OTHERS_USE,
     )
     .join(t.product, t.product.c.id == t.drive.c.product_id)
@@ -210,154 +200,264 @@ _DRIVE = (
 
 
 class Gate:
-    """Both decisions for one process; thread-safe."""
+    """Both decisions for one process; thread-safe.
+
+    Args:
+        memory: of good account passwords, shared with other processes; None = one of its own.
+    """
 
     def __init__(
-        self, settings: configuration.Settings, database: Database, keys: Keys, offers: Offers
+        self,
+        settings: configuration.Settings,
+        database: Database,
+        keys: Keys,
+        offers: Offers,
+        memory: Memory | None = None,
     ) -> None:
         self._settings = settings
         self._database = database
         self._keys = keys
         self._offers = offers
         self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.log_in)
-        self.passwords = passwords.AccountPasswords(settings.auth)
-        self._notes = _Notes(database, settings.auth.last_used_s)
+        self.passwords = passwords.AccountPasswords(settings.auth, memory)
+        self._throttle = Throttle(settings.auth, database, keys)
+        self._notes = Notes(database, settings.auth.last_used_s)
+        self._lookup = _NO_LOOKUP  # of some application password that exists
+        self._decoy = self._made_up()
+        self._verifying: dict[tuple[Credentials | None, str, Service], Future[Identity]] = {}
+        self._present = 0  # the id of some account that exists
 
     def flush(self) -> None:
-        """Wait until the notes of uses and refusals so far are written; requests never do."""
+        """Wait until what is to be written of uses and refusals so far is; requests never do."""
         self._notes.flush()
+        self._throttle.flush()
+
+    def close(self) -> None:
+        """Write the counts that wait; the database is still open."""
+        self._throttle.close()
 
     # -- who is it ----------------------------------------------------------------------------------
 
-    def is_quick(self, credentials: Credentials | None) -> bool:
-        """Whether `identify` will run no argon2: then the event loop may call both with SQLite.
+    def recognise(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Identity | None:
+        """`identify` as far as it goes without argon2: None where only argon2 can tell.
 
-        Where it is not, `queued` keeps the work away from the threads that everybody shares.
+        So the event loop may call it with SQLite. Where it gives None, `queued` keeps the work away from the
+        threads that everybody shares.
 
-        Cost: no read for an application password, one for an account password.
+        Raises:
+            NotAuthenticated, AppPasswordRequired, TooManyRequests: as `identify`.
+
+        Cost: one indexed read for an application password, two for an account password.
         """
-        if credentials is None or self._is_too_long(credentials):
-            return True
-        if passwords.app_password_letters(credentials.secret) is not None:
-            return True
-        account = self._find(credentials.name)
-        return account is not None and self._remembers(account, credentials.secret)
+        return self._admit(credentials, peer, service, verify=False)
 
     def identify(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Identity:
         """The account behind a name and a secret.
 
         Args:
             credentials: what the client sent; None where it sent nothing usable.
-            peer: for the notes of where a secret was used or refused.
+            peer: for the notes of where a secret was used or refused, and for throttling.
             service: what the secret is used for; its scopes are the business of `authorize`, because a right
                 secret of the wrong scope is a right log-in.
 
         Raises:
             NotAuthenticated: unknown name, wrong, revoked or expired secret, one that is not for the peer's
-                address, suspended account.
+                address, suspended account, a class of secret that the service does not take.
             AppPasswordRequired: the right account password while 2FA is on (APP3). Clients cannot tell it
-                from the others; its owner finds the reason in the audit.
+                from the others; its owner is told.
+            TooManyRequests: too many wrong account passwords before; nothing was verified (APP8).
             Unavailable: too many password verifications are waiting.
 
-        Cost: one indexed read for an application password; for an account password a read and, where this
-            process has not verified it since the last change of the account, one argon2id.
+        Cost: one indexed read for an application password; for an account password two reads and, where no
+            process has verified it since the last change of the account, one argon2id.
         """
-        if credentials is None:
-            raise NotAuthenticated(_REFUSED)
-        outcome: Identity | _Refusal
-        if self._is_too_long(credentials):
-            outcome = _Refusal("secret too long")
-        elif (letters := passwords.app_password_letters(credentials.secret)) is not None:
-            outcome = self._by_app_password(credentials.name, letters, peer, service)
-        else:
-            outcome = self._by_account_password(credentials)
-        if isinstance(outcome, Identity):
-            return outcome
-        self._note_refusal(outcome, credentials, peer, service)
-        raise (AppPasswordRequired if outcome.second_factor else NotAuthenticated)(_REFUSED)
+        identity = self._admit(credentials, peer, service, verify=True)
+        assert identity is not None, "verified"
+        return identity
 
     def queued(self, credentials: Credentials | None, peer: Peer, *, service: Service) -> Future[Identity]:
         """`identify` in the few threads that verify account passwords; the future raises what it raises.
 
+        Requests that come with one secret while it is being verified wait for that one result: a program may
+        open a thousand connections at once.
+
         Raises:
             Unavailable: too many verifications are waiting.
         """
-        return self.passwords.queue(lambda: self.identify(credentials, peer, service=service))
+        key = (credentials, peer.address, service)
+        shared = self._verifying.get(key)
+        if shared is None:
+            shared = self.passwords.queue(lambda: self.identify(credentials, peer, service=service))
+            self._verifying[key] = shared
+            shared.add_done_callback(lambda _: self._verifying.pop(key, None))
+        own: Future[Identity] = Future()
+        shared.add_done_callback(lambda done: _hand_on(done, own))
+        return own
 
-    def _is_too_long(self, credentials: Credentials) -> bool:
-        return len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes
+    def _admit(
+        self, credentials: Credentials | None, peer: Peer, service: Service, *, verify: bool
+    ) -> Identity | None:
+        if credentials is None:
+            raise NotAuthenticated(_REFUSED)
+        outcome: Identity | _Refusal | None
+        if len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes:
+            outcome = _Refusal("secret too long")
+        elif (letters := passwords.app_password_letters(credentials.secret)) is not None:
+            outcome = self._by_app_password(credentials.name, letters, peer, service)
+        else:
+            outcome = self._by_account_password(credentials, peer, service, verify=verify)
+        if not isinstance(outcome, _Refusal):
+            return outcome
+        self._note_refusal(outcome, credentials, peer, service)
+        raise _error(outcome)
+
+    # -- application passwords ----------------------------------------------------------------------
+
+    def _made_up(self) -> Row:
+        """What an unknown application password is compared with: as much work as a row."""
+        _, digest = self._keys.digest(secrets.token_bytes(32))
+        # Under whatever set is current: this one may be retired.
+        row = (0, digest, None, "caldav carddav drive", None, None, "", None, False, None, None)
+        return (*row, 0, "", "", "", "", "active", False)
 
     def _by_app_password(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
         secret = passwords.parse_app_password(letters)
         if secret is None:
             return _Refusal("mistyped application password")
         rows = self._database.fast(_APP_PASSWORD, {"lookup": secret.lookup})
-        if not rows:
-            self._keys.digest(secret.secret.encode("ascii"))  # the same work as for a known one
-            return _Refusal("no such application password")
-        number, digest, key_id, scopes, revoked, expires, networks, used_at, *owner = rows[0]
-        account_id, sync_id, email, key, shown, state = owner
-        try:
-            _, wanted = self._keys.digest(secret.secret.encode("ascii"), key_id)
-        except ConfigError:
-            return _Refusal(f"the key file has no key set {key_id}")
-        if not hmac.compare_digest(wanted, bytes(digest)):
-            return _Refusal("no such application password")
+        refusal = self._judge(rows[0] if rows else self._decoy, name, secret.secret, peer, service)
+        if refusal is not None:
+            # A hit and a miss for every cause alike.
+            self._database.fast(_APP_PASSWORD, {"lookup": _NO_LOOKUP if rows else self._some_lookup()})
+            return refusal
+        self._lookup = secret.lookup
+        return self._bearer(rows[0], secret, name, peer, service)
+
+    def _some_lookup(self) -> str:
+        if self._lookup == _NO_LOOKUP:
+            rows = self._database.fast(_ANY_LOOKUP)
+            self._lookup = rows[0][0] if rows else _NO_LOOKUP
+        return self._lookup
+
+    def _judge(self, row: Row, name: str, secret: str, peer: Peer, service: Service) -> _Refusal | None:
+        """Why an application password is refused, None where it is right; everything is looked at always."""
+        _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row
+        _, sync_id, _, login_key, _, state, second_factor = owner
         typed, is_email = accounts.canonical_name(name, self._sync_hosts)
-        if typed != (key if is_email else sync_id):
-            return _Refusal("the application password of another account", sync_id)
-        if revoked is not None:
-            return _Refusal("revoked application password", sync_id)
-        now = int(time.time())
-        if expires is not None and expires <= now:
-            return _Refusal("expired application password", sync_id)
-        if networks and not passwords.is_within(peer.address, networks):
-            return _Refusal("an address that the application password is not for", sync_id)
-        if state != "active":
-            return _Refusal(f"the account is {state}", sync_id)
-        self._notes.use(used_at, _Use(number, now, service, peer.address, peer.user_agent[:200]))
-        return Identity(account_id, sync_id, email, shown, frozenset(scopes.split()), number)
+        try:
+            _, wanted = self._keys.digest(secret.encode("ascii"), key_id)
+        except ConfigError:
+            wanted = b""
+        right = hmac.compare_digest(wanted, bytes(digest))
+        now = time.time()
+        inside = passwords.is_within(peer.address, networks or "0.0.0.0/0 ::/0") or not networks
+        causes = (
+            (not wanted, f"the key file has no key set {key_id}", False),
+            (not right, "no such application password", False),
+            (
+                typed != (login_key if is_email else sync_id),
+                "the application password of another account",
+                True,
+            ),
+            (revoked is not None, "revoked application password", True),
+            (now >= (expires or _NEVER), "expired application password", True),
+            (not inside, "an address that the application password is not for", True),
+            (state != "active", f"the account is {state}", True),
+            (
+                not rules.opens(Secret.APP_PASSWORD, service, second_factor=bool(second_factor)),
+                f"an application password does not open {service}",
+                True,
+            ),
+        )
+        found = [_Refusal(reason, sync_id if owned else None) for holds, reason, owned in causes if holds]
+        return found[0] if found else None
 
-    def _by_account_password(self, credentials: Credentials) -> Identity | _Refusal:
-        account = self._find(credentials.name)
-        password = credentials.secret
-        if account is None:
-            self.passwords.verify(password, None)
-            return _Refusal("no such account")
-        if not self._remembers(account, password):
-            refusal = self._refused_after_verifying(account, password)
-            if refusal is not None:
-                return refusal
-            self.passwords.remember(account.id, password, account.auth_epoch)
+    def _bearer(
+        self, row: Row, secret: passwords.AppPassword, name: str, peer: Peer, service: Service
+    ) -> Identity:
+        number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row
+        account_id, sync_id, email, _, shown, _, _ = owner
+        if self._keys.is_outdated(key_id):
+            self._rekey(number, key_id, secret)
+        use = Use(number, int(time.time()), service, peer.address, peer.user_agent[:200])
+        if self._notes.use(used_at, use):
+            typed, _ = accounts.canonical_name(name, self._sync_hosts)
+            self._throttle.trust(self._throttle.attempt(typed, peer.address, ""))
+        scoped = frozenset(scopes.split())
         return Identity(
-            account.id,
-            account.sync_id,
-            account.login_email,
-            account.display_name,
-            frozenset(app_passwords.SCOPES),
-            None,
+            account_id, sync_id, email, shown, scoped, number, bool(read_only), drive_id, folder_id
         )
 
-    def _find(self, name: str) -> Account | None:
+    # -- account passwords --------------------------------------------------------------------------
+
+    def _by_account_password(
+        self, credentials: Credentials, peer: Peer, service: Service, *, verify: bool
+    ) -> Identity | _Refusal | None:
+        now = int(time.time())
+        typed, _ = accounts.canonical_name(credentials.name, self._sync_hosts)
+        attempt = self._throttle.attempt(typed, peer.address, credentials.secret)
+        waiting = self._throttle.waiting(attempt)
         with self._database.read() as tx:
-            return accounts.find(tx, name, self._sync_hosts)
+            account = accounts.find(tx, credentials.name, self._sync_hosts)
+            standing = self._throttle.standing(tx, attempt, waiting, now)
+        if self._remembers(account, attempt, standing, credentials.secret, service):
+            assert account is not None, "nobody is remembered"
+            return owner(account)
+        self._level(account)
+        if standing.blocked_s:
+            self._throttle.failed(attempt, standing)
+            return _Refusal("too many wrong log-ins", repeated=standing.known, blocked_s=standing.blocked_s)
+        if not verify:
+            return None
+        with self._throttle.verifying(attempt):
+            refusal = self._verified(account, credentials.secret, service, repeated=standing.known)
+        if refusal is not None:
+            self._throttle.failed(attempt, standing)
+            return refusal
+        assert account is not None, "verified"
+        self._throttle.succeeded(attempt, standing, now)
+        self.passwords.remember(account.id, credentials.secret, account.auth_epoch, attempt.network)
+        return owner(account)
 
-    def _remembers(self, account: Account, password: str) -> bool:
-        """Whether this password was let in before; where none is let in, every try costs the same (APP7)."""
-        return (
-            account.state == "active"
-            and not account.second_factor
-            and self.passwords.is_known(account.id, password, account.auth_epoch)
+    def _level(self, account: Account | None) -> None:
+        """A hit and a miss among the accounts for every cause of a refusal alike."""
+        if account is not None:
+            self._present = account.id
+        with self._database.read() as tx:
+            if account is None and self._present:
+                accounts.find_by_id(tx, self._present)
+            else:
+                accounts.find(tx, "")
+
+    def _remembers(
+        self, account: Account | None, attempt: Try, standing: Standing, password: str, service: Service
+    ) -> bool:
+        """Whether this password was let in before; where none is let in, every try costs the same (APP7).
+
+        While tries are blocked, a password counts that was used from this very network: nobody who guesses
+        from elsewhere learns anything.
+        """
+        number, epoch = (account.id, account.auth_epoch) if account is not None else (0, 0)
+        known = self.passwords.is_known(
+            number, password, epoch, attempt.network, anywhere=not standing.blocked_s
         )
+        return known and not standing.exhausted and account is not None and _opens(account, service)
 
-    def _refused_after_verifying(self, account: Account, password: str) -> _Refusal | None:
-        stored = account.password_hash
+    def _verified(
+        self, account: Account | None, password: str, service: Service, *, repeated: bool
+    ) -> _Refusal | None:
+        stored = account.password_hash if account is not None else None
         if not self.passwords.verify(password, stored):
-            return _Refusal("wrong password")
-        if account.state != "active":
-            return _Refusal(f"the account is {account.state}", account.sync_id)
-        if account.second_factor:
-            return _Refusal("an application password is needed", account.sync_id, second_factor=True)
+            return _Refusal("wrong password" if account else "no such account", repeated=repeated)
+        assert account is not None, "a hash matched"
+        if not _opens(account, service):
+            if account.state != "active":
+                return _Refusal(f"the account is {account.state}", account.sync_id, repeated=repeated)
+            if account.second_factor:
+                reason = "an application password is needed"
+                return _Refusal(reason, account.sync_id, second_factor=True, repeated=repeated)
+            reason = f"an account password does not open {service}"
+            return _Refusal(reason, account.sync_id, repeated=repeated)
         if stored is not None and self.passwords.is_outdated(stored):
             self._rehash(account, password)
         return None
@@ -372,14 +472,29 @@ class Gate:
         )
         self._notes.later(lambda tx: tx.execute(update))
 
+    def _rekey(self, number: int, key_id: str, secret: passwords.AppPassword) -> None:
+        """Bring an application password to the current key set, now that its letters are here."""
+        now_id, digest = self._keys.digest(secret.secret.encode("ascii"))
+        row = {"id_": number, "old_key": key_id, "new_key": now_id, "digest": digest}
+        self._notes.later(lambda tx: tx.fast(_REKEY, row))
+
     def _note_refusal(
         self, refusal: _Refusal, credentials: Credentials, peer: Peer, service: Service
     ) -> None:
-        """Tell the operator's log, and the owner where somebody holds one of its right secrets (APP7)."""
-        fields = {"login": credentials.name[:100], "address": peer.address, "service": str(service)}
-        log.warning("log-in refused", extra={**fields, "reason": refusal.reason})
-        if refusal.owner is not None:
-            self._notes.refusal(refusal.owner, refusal.reason, peer, service)
+        """Tell the operator's log, and the owner where somebody holds one of its right secrets (APP7).
+
+        fail2ban reads the line (deploy/fail2ban/): a repeated secret is no guess.
+        """
+        guess = not refusal.repeated and refusal.owner is None
+        fields = {
+            "address": peer.address,
+            "guess": "yes" if guess else "no",
+            "reason": refusal.reason,
+            "service": str(service),
+            "login": credentials.name[:100],
+        }
+        log.warning("log-in refused", extra=fields)
+        self._notes.refusal(refusal.owner, refusal.reason, peer, service)
 
     # -- may they -----------------------------------------------------------------------------------
 
@@ -394,33 +509,58 @@ class Gate:
         """Whether an identity may use a verb on a target; read anew on each request (OFF2, APP5).
 
         Raises:
-            Forbidden: the application password's scopes, or the drive's offer, do not include this.
+            Forbidden: the application password's scopes, or the drive's offer, do not include this; or it
+                may only read.
             NotFound: no such target, or not one of this identity's; nobody can tell which.
             NotImplementedHere: an unknown verb.
 
-        Cost: no read for a home, one indexed join for a drive.
+        Cost: no read for a home, one indexed join for a drive, and one row for each folder above the only one
+            that a secret opens.
         """
-        if verb not in VERBS:
+        if verb not in rules.VERBS:
             raise NotImplementedHere(f"{verb[:20]} is not a method of this server.")
         if isinstance(target, HomeTarget):
-            return self._home(identity, target)
-        return self._drive(tx, identity, target)
+            granted: HomeGrant | DriveGrant = self._home(identity, target)
+        else:
+            granted = self._drive(tx, identity, target)
+        if identity.read_only and verb not in rules.READS:
+            raise Forbidden(
+                "This application password is for reading alone.", precondition=DAV + "need-privileges"
+            )
+        return granted
 
     def _home(self, identity: Identity, target: HomeTarget) -> HomeGrant:
         if target.owner.upper() != identity.sync_id:
             raise NotFound(_NOTHING_HERE)
-        wanted = _HOME_SCOPES.get(target.service, frozenset())
-        if not wanted & identity.scopes:
+        wanted = rules.scopes_for(target.service) - {Service.DRIVE}
+        if not wanted & identity.scopes or not _takes(identity, target.service):
             raise Forbidden(_wrong_scope(identity, " or ".join(sorted(wanted)) or "this"))
         return HomeGrant(identity.account_id, identity.sync_id)
 
     def _drive(self, tx: Read, identity: Identity, target: DriveTarget) -> DriveGrant:
-        if Service.DRIVE not in identity.scopes:
+        if not rules.scopes_for(Service.DRIVE) & identity.scopes or not _takes(identity, Service.DRIVE):
             raise Forbidden(_wrong_scope(identity, "drive"))
+        if identity.drive_id not in (None, target.drive_id) or (
+            identity.folder_id is not None and identity.drive_id is None
+        ):
+            raise NotFound(_NOTHING_HERE)
         row = tx.one(_DRIVE, {"account_id": identity.account_id, "drive_id": target.drive_id})
         if row is None:
             raise NotFound(_NOTHING_HERE)
-        collection_id, name, offer_name, root, trash, common, largest, chunked, quota, used, others = row
+        (
+            collection_id,
+            name,
+            offer_name,
+            root,
+            trash,
+            common,
+            largest,
+            chunked,
+            quota,
+            used,
+            storage,
+            others,
+        ) = row
         offer = self._offers.find(offer_name)
         if offer is None or not offer.webdav:
             better = ", ".join(each.id for each in self._offers.list() if each.webdav)
@@ -428,6 +568,11 @@ class Gate:
                 f"The offer {offer_name} of this drive does not include WebDAV."
                 f" Its organization can change to one that does: {better}."
             )
+        folder = None
+        if identity.folder_id is not None:
+            folder = folders.find(tx, identity.folder_id, target.drive_id, root_id=root, common_id=common)
+            if folder is None:
+                raise NotFound(_NOTHING_HERE)
         limits = self._settings.drive
         return DriveGrant(
             drive_id=target.drive_id,
@@ -442,16 +587,41 @@ class Gate:
             max_chunked_bytes=min(
                 limits.max_chunked_bytes if chunked is None else chunked, limits.chunked_ceiling_bytes
             ),
-            quota_bytes=_quota(offer, quota, int(others)),
+            quota_bytes=_quota(storage_of(offer, storage), quota, int(others)),
             used_bytes=used,
+            read_only=identity.read_only,
+            folder=folder,
         )
 
 
-_HOME_SCOPES = {
-    Service.CALDAV: frozenset({"caldav"}),
-    Service.CARDDAV: frozenset({"carddav"}),
-    Service.SYNC: frozenset({"caldav", "carddav"}),
-}
+def _error(refusal: _Refusal) -> ClientError:
+    """One answer for every cause. A blocked try gets 429: a program that is told 401 asks for another
+    password or drops the account, one that is told to come back later does."""
+    if refusal.blocked_s:
+        minutes = -(-refusal.blocked_s // 60)
+        return TooManyRequests(
+            f"Too many wrong log-ins. Try again in {minutes} minutes; application passwords work meanwhile.",
+            headers=[(b"retry-after", str(refusal.blocked_s).encode("ascii"))],
+        )
+    return (AppPasswordRequired if refusal.second_factor else NotAuthenticated)(_REFUSED)
+
+
+def owner(account: Account) -> Identity:
+    """The identity of who showed the account's own password: everything that is the account's."""
+    every = frozenset(app_passwords.SCOPES)
+    return Identity(account.id, account.sync_id, account.login_email, account.display_name, every, None)
+
+
+def _opens(account: Account, service: Service) -> bool:
+    """Whether the account's own password opens a service."""
+    return rules.opens(
+        Secret.ACCOUNT_PASSWORD, service, second_factor=account.second_factor, state=account.state
+    )
+
+
+def _takes(identity: Identity, service: Service) -> bool:
+    """Whether a service takes the class of secret at all; `identify` knew about 2FA."""
+    return rules.opens(identity.secret, service, second_factor=False)
 
 
 def _wrong_scope(identity: Identity, wanted: str) -> str:
@@ -461,96 +631,20 @@ def _wrong_scope(identity: Identity, wanted: str) -> str:
     )
 
 
-def _quota(offer: Offer, own: int | None, others_used: int) -> int | None:
-    """What this drive may hold: its own limit, and what the offer's storage leaves beside its sisters."""
-    if offer.storage_bytes is None:
+def _quota(storage: int | None, own: int | None, others_used: int) -> int | None:
+    """What this drive may hold: its own limit, and what the product's storage leaves beside its sisters."""
+    if storage is None:
         return own
-    left = max(0, offer.storage_bytes - others_used)
+    left = max(0, storage - others_used)
     return left if own is None else min(own, left)
 
 
-class _Notes:
-    """Writes nobody waits for: when a secret was used, and why a right one was refused."""
-
-    def __init__(self, database: Database, every_s: float) -> None:
-        self._database = database
-        self._every_s = every_s
-        self._lock = threading.Lock()
-        self._uses: dict[int, _Use] = {}  # not written yet
-        self._writing = False
-        self._queued: set[Future[Any]] = set()
-        self._noted: OrderedDict[tuple[str, object], float] = OrderedDict()  # what -> monotonic time
-
-    def use(self, last_used_at: int | None, use: _Use) -> None:
-        """Keep a use, at most one per secret and `every_s`; all that wait are written in one transaction."""
-        if last_used_at is not None and use.at - last_used_at < self._every_s:
-            return
-        if not self._is_due("use", use.number, self._every_s):
-            return
-        with self._lock:
-            self._uses[use.number] = use
-            if self._writing:
-                return
-            self._writing = True
-        self.later(self._write_uses)
-
-    def _write_uses(self, tx: Write) -> None:
-        with self._lock:
-            uses = tuple(self._uses.values())
-            self._uses.clear()
-            self._writing = False
-        for use in uses:
-            values = {"at": use.at, "service": use.service, "address": use.address, "client": use.client}
-            tx.fast(_USED, {"id_": use.number, **values})
-
-    def refusal(self, sync_id: str, reason: str, peer: Peer, service: Service) -> None:
-        """Leave a row in the audit, at most one per account and reason and hour."""
-        if not self._is_due(reason, sync_id, _TELL_EVERY_S):
-            return
-        actor = audit.Actor(sync_id, peer.address)
-        detail: dict[str, object] = {
-            "reason": reason,
-            "service": str(service),
-            "client": peer.user_agent[:200],
-        }
-        self.later(lambda tx: audit.record(tx, actor, "log-in.refused", sync_id, detail))
-
-    def _is_due(self, what: str, whose: object, every_s: float) -> bool:
-        key, now = (what, whose), time.monotonic()
-        with self._lock:
-            if now - self._noted.get(key, -every_s) < every_s:
-                return False
-            self._noted[key] = now
-            self._noted.move_to_end(key)
-            while len(self._noted) > _REMEMBERED:
-                self._noted.popitem(last=False)
-        return True
-
-    def later(self, fn: Callable[[Write], object]) -> None:
-        """Queue a write; what becomes of it is the log's business alone."""
-        try:
-            future = self._database.submit(fn)
-        except Unavailable as error:  # the process is stopping
-            self._failed(error)
-            return
-        with self._lock:
-            self._queued.add(future)
-        future.add_done_callback(self._done)
-
-    def _done(self, future: Future[Any]) -> None:
-        with self._lock:
-            self._queued.discard(future)
-        problem = future.exception()
-        if problem is not None:
-            self._failed(problem)
-
-    def _failed(self, problem: BaseException) -> None:
-        log.warning("a note was not written", extra={"reason": str(problem)})
-        with self._lock:
-            self._writing = False
-
-    def flush(self) -> None:
-        """Wait until what was queued is written or has failed."""
-        with self._lock:
-            queued = tuple(self._queued)
-        wait(queued)
+def _hand_on(done: Future[Identity], own: Future[Identity]) -> None:
+    """Give one of those who wait for a verification its outcome."""
+    if not own.set_running_or_notify_cancel():
+        return
+    problem = done.exception()
+    if problem is None:
+        own.set_result(done.result())
+    else:
+        own.set_exception(problem)

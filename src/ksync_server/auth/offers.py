@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ksync_server.errors import ConfigError
+from ksync_server.errors import BadRequest, ConfigError
 from ksync_server.settings import GB
 
 
@@ -20,6 +20,7 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seats_min: int = 0
     seats_max: int | None = None
     storage_gb: int | None = None
+    ksuite: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,16 @@ class Offer:
     seats_min: int
     seats_max: int | None
     storage_bytes: int | None
+    ksuite: int | None  # its rank among the kSuites; None = it is none
+
+
+def storage_of(offer: Offer, own: int | None) -> int | None:
+    """What the drives of a product under an offer hold together at most; None = no limit.
+
+    Args:
+        own: the product's own figure in bytes; None = it has the offer's.
+    """
+    return offer.storage_bytes if own is None else own
 
 
 class Offers:
@@ -46,6 +57,7 @@ class Offers:
                 row.seats_min,
                 row.seats_max,
                 None if row.storage_gb is None else row.storage_gb * GB,
+                row.ksuite,
             )
             for name, row in rows.items()
         }
@@ -59,6 +71,17 @@ class Offers:
         """The offer of that id or alias, None for an unknown one (which opens nothing: OFF6)."""
         canonical = self._names.get(name)
         return None if canonical is None else self._offers[canonical]
+
+    def get(self, name: str) -> Offer:
+        """The offer of that id or alias.
+
+        Raises:
+            BadRequest: there is none; says which there are (OFF6).
+        """
+        found = self.find(name)
+        if found is None:
+            raise BadRequest(f"There is no offer {name!r}. There are: {', '.join(self._offers)}.")
+        return found
 
     def aliases(self, offer_id: str) -> tuple[str, ...]:
         """The other names of an offer."""

@@ -2,29 +2,28 @@
 
 An application password is `id` + 135 random bits + check characters in an alphabet without look-alikes. It
 needs no slow hash, because nobody can guess it: an HMAC under a pepper is stored, and its row is read on
-every request. An account password is chosen by a person: argon2id, and a per-process memory of good results
-that holds no password and dies with the account's `auth_epoch`.
+every request. An account password is chosen by a person: argon2id, and a memory of good results that holds no
+password and dies with the account's `auth_epoch` (`auth.memory`).
 """
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import re
 import secrets
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
 
 from ksync_server import settings as configuration
+from ksync_server.auth.memory import Memory
 from ksync_server.errors import BadRequest, Unavailable
 
 T = TypeVar("T")
@@ -106,12 +105,22 @@ def networks(addresses: Iterable[str]) -> str:
 
 def is_within(address: str, kept: str) -> bool:
     """Whether an address is in one of the networks that `networks` wrote; what is no address is in none."""
+    found = parsed_address(address)
+    return found is not None and any(found in each for each in _parsed(kept))
+
+
+@lru_cache(maxsize=4096)
+def _parsed(kept: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    return tuple(ipaddress.ip_network(each) for each in kept.split())
+
+
+def parsed_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """A peer's address, IPv4 where it is IPv4 in IPv6 clothes; None for what is no address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return False
-    found = getattr(parsed, "ipv4_mapped", None) or parsed
-    return any(found in ipaddress.ip_network(each) for each in kept.split())
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
 
 
 # -- account passwords ----------------------------------------------------------------------------
@@ -137,9 +146,13 @@ _COMMON = frozenset(
 
 
 class AccountPasswords:
-    """Hashing and verification of account passwords in one process; thread-safe."""
+    """Hashing and verification of account passwords in one process; thread-safe.
 
-    def __init__(self, settings: configuration.Auth) -> None:
+    Args:
+        memory: of good results, shared with other processes; None = one of its own.
+    """
+
+    def __init__(self, settings: configuration.Auth, memory: Memory | None = None) -> None:
         self._settings = settings
         self._hasher = PasswordHasher(
             time_cost=settings.argon2_time, memory_cost=settings.argon2_memory_kib, parallelism=1
@@ -148,8 +161,7 @@ class AccountPasswords:
         self._threads = ThreadPoolExecutor(settings.argon2_parallel, thread_name_prefix="argon2")
         self._waiting = 0
         self._lock = threading.Lock()
-        self._key = secrets.token_bytes(32)
-        self._known: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # -> auth_epoch, monotonic expiry
+        self._memory = Memory(settings.cache_entries) if memory is None else memory
         self._dummy = self._hasher.hash(secrets.token_hex(16))
 
     def check_new(self, password: str) -> None:
@@ -193,32 +205,38 @@ class AccountPasswords:
         """Whether the hash was made with other parameters than today's."""
         return self._hasher.check_needs_rehash(stored)
 
-    def is_known(self, account_id: int, password: str, epoch: int) -> bool:
-        """Whether this process verified the same password under the same epoch; renews the memory."""
-        key = self._name(account_id, password)
-        with self._lock:
-            found = self._known.get(key)
-            now = time.monotonic()
-            if found is None or found[0] != epoch or found[1] < now:
-                self._known.pop(key, None)
-                return False
-            self._known[key] = (epoch, now + self._settings.cache_s)
-            self._known.move_to_end(key)
-            return True
+    def is_known(
+        self, account_id: int, password: str, epoch: int, network: str, *, anywhere: bool = True
+    ) -> bool:
+        """Whether a web process of this server verified the same password under the same epoch; renews that.
 
-    def remember(self, account_id: int, password: str, epoch: int) -> None:
-        """Keep a good result."""
-        with self._lock:
-            self._known[self._name(account_id, password)] = (
-                epoch,
-                time.monotonic() + self._settings.cache_s,
-            )
-            while len(self._known) > self._settings.cache_entries:
-                self._known.popitem(last=False)
+        Args:
+            network: whence it comes, as `throttle.network` says.
+            anywhere: False where only a password counts that came from this network before: what is asked
+                while guesses from there are being refused must be no help to one who guesses.
 
-    def _name(self, account_id: int, password: str) -> bytes:
-        message = account_id.to_bytes(8) + password.encode("utf-8", "surrogatepass")
-        return hmac.digest(self._key, message, "sha256")
+        Cost: two keyed hashes and two look-ups in shared memory: 10 us.
+        """
+        everywhere, here = self._tags(account_id, password, epoch, network)
+        keep_s, memory = self._settings.cache_s, self._memory
+        known_here = memory.knows(here, keep_s)
+        if not anywhere:
+            return known_here
+        known = memory.knows(everywhere, keep_s)
+        if known and not known_here:
+            memory.keep(here, keep_s)
+        elif known_here and not known:
+            memory.keep(everywhere, keep_s)
+        return known or known_here
+
+    def remember(self, account_id: int, password: str, epoch: int, network: str) -> None:
+        """Keep a good result, for this network and for every other."""
+        for tag in self._tags(account_id, password, epoch, network):
+            self._memory.keep(tag, self._settings.cache_s)
+
+    def _tags(self, account_id: int, password: str, epoch: int, network: str) -> tuple[bytes, bytes]:
+        of = (account_id.to_bytes(8), epoch.to_bytes(8), password.encode("utf-8", "surrogatepass"))
+        return self._memory.tag(*of), self._memory.tag(*of, network.encode())
 
     def queue(self, work: Callable[[], T]) -> Future[T]:
         """Run work that verifies a password in threads of its own, so that a flood of log-ins stops nobody.

@@ -194,7 +194,8 @@ def use_recovery_code(tx: Write, keys: Keys, account: Account, code: str, actor:
         if secrets.compare_digest(wanted, bytes(row.digest)):
             update = sa.update(t.recovery_code).where(c.id == row.id, c.used_at.is_(None))
             if tx.execute(update.values(used_at=int(time.time()))).rowcount == 1:
-                audit.record(tx, actor, "second-factor.recovery-code-used", account.sync_id)
+                left = tx.execute(sa.select(sa.func.count()).select_from(unused.subquery())).scalar_one()
+                audit.record(tx, actor, "second-factor.recovery-code-used", account.sync_id, {"left": left})
                 return True
     return False
 
@@ -203,22 +204,56 @@ def _code_bytes(account: Account, code: str) -> bytes:
     return f"recovery {account.id} {code}".encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """What a web session has shown since it began, for changes that need more than being logged in.
+
+    Only the web log-in makes one. An application password shows neither.
+    """
+
+    account_id: int
+    password: bool  # typed again for this change
+    second_factor: bool  # the log-in passed it: a factor's code, or a recovery code
+
+
+def remove_own(
+    tx: Write, account: Account, factor_id: int | None, proven: Proven, *, address: str = ""
+) -> None:
+    """A person's own removal of one factor, or of all (TFA7). Its owner is told.
+
+    Raises:
+        Forbidden: the session did not show the password and a second factor of this account.
+        NotFound: no such factor.
+        Conflict: an organization of the account requires a second factor and none would be left (TFA8).
+    """
+    if proven.account_id != account.id or not (proven.password and proven.second_factor):
+        raise Forbidden("Removing a second factor takes the password and a log-in with a second factor.")
+    _remove(tx, account, factor_id, Actor(account.sync_id, address), None)
+
+
 def remove(
     tx: Write, account: Account, factor_id: int | None, *, reason: str, actor: Actor = OPERATOR
 ) -> None:
     """An operator's removal of one factor, or of all: never silent (TFA9).
 
+    The owner is told at the login and the recovery e-mail, with the reason.
+
     Raises:
         BadRequest: no reason given.
         NotFound: no such factor.
-        Conflict: an organization of the account requires a second factor and this is the last one (TFA8).
+        Conflict: an organization of the account requires a second factor and none would be left (TFA8).
     """
     if len(reason.strip()) < 5:
         raise BadRequest("Say why the second factor is removed; the reason is kept in the audit.")
+    _remove(tx, account, factor_id, actor, reason.strip())
+
+
+def _remove(tx: Write, account: Account, factor_id: int | None, actor: Actor, reason: str | None) -> None:
     c = t.second_factor.c
     where = c.account_id == account.id
     if factor_id is not None:
         where &= c.id == factor_id
+    names = [row.name for row in tx.execute(sa.select(c.name).where(where).order_by(c.id))]
     if tx.execute(sa.delete(t.second_factor).where(where)).rowcount == 0:
         raise NotFound(f"{account.sync_id} has no such second factor.")
     still = bool(_active(tx, account))
@@ -230,9 +265,39 @@ def remove(
             )
         tx.execute(sa.delete(t.recovery_code).where(t.recovery_code.c.account_id == account.id))
     _switch(tx, account, on=still)
-    audit.record(
-        tx, actor, "second-factor.remove", account.sync_id, {"id": factor_id, "reason": reason.strip()}
-    )
+    detail: dict[str, object] = {
+        "id": factor_id,
+        "names": names,
+        "still_on": still,
+        "told": accounts.addresses(tx, account),
+    }
+    if reason is not None:
+        detail["reason"] = reason
+    audit.record(tx, actor, "second-factor.remove", account.sync_id, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to pass the second step of a log-in."""
+
+    kind: str  # totp, recovery-code, help
+    name: str  # as the owner called it; "" where there is one alone
+    factor_id: int | None = None
+
+
+def alternatives(tx: Read, account: Account) -> tuple[Method, ...]:
+    """Every way to pass the second step, best first; the last is always the help request (TFA10).
+
+    Help weakens nothing: an operator removes a factor with a reason, and the owner is told.
+    """
+    c = t.second_factor.c
+    where = (c.account_id == account.id) & c.confirmed_at.is_not(None)
+    factors = tx.execute(sa.select(c.id, c.kind, c.name).where(where).order_by(c.id))
+    found = [Method(row.kind, row.name, row.id) for row in factors]
+    r = t.recovery_code.c
+    if tx.execute(sa.select(r.id).where(r.account_id == account.id, r.used_at.is_(None))).first():
+        found.append(Method("recovery-code", ""))
+    return (*found, Method("help", ""))
 
 
 def _required(tx: Read, account: Account) -> bool:

@@ -1,8 +1,9 @@
-"""The command line: serve, demo, check-config, migrate, and what manages accounts."""
+"""The command line: serve, demo, check-config, migrate, what manages accounts, what cares for the store."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import click
 
 from ksync_server import settings as configuration
-from ksync_server.cli import accounts, organizations
+from ksync_server.cli import accounts, backup, jobs, keys, organizations, verify
 from ksync_server.cli import demo as demonstration
-from ksync_server.cli.context import Context, Main, shared_metrics
+from ksync_server.cli import doctor as diagnosis
+from ksync_server.cli.context import Context, Main, configured, shared_metrics
 from ksync_server.errors import ConfigError
 from ksync_server.settings import Mistake, Settings
 
@@ -37,91 +39,112 @@ def main(ctx: click.Context, config: Path | None, overrides: tuple[str, ...]) ->
     ctx.obj = Context(config, overrides)
 
 
-def _with_config(context: Context, config: Path | None, overrides: tuple[str, ...]) -> Context:
-    """The options may stand behind the command too."""
-    return Context(config or context.config, context.overrides + overrides)
-
-
-_config_option = click.option(
-    "--config", type=click.Path(path_type=Path, dir_okay=False), help="Configuration file."
-)
-_set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting."
-)
-
-
 @main.command()
-@_config_option
-@_set_option
+@configured
+@_as_json
 @_pass
-def serve(context: Context, config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Serve until SIGTERM; SIGHUP reloads the configuration."""
+def serve(context: Context, as_json: bool) -> None:
+    """Serve until SIGTERM; SIGHUP reloads the configuration. Says where, once it listens."""
     from ksync_server import log
+    from ksync_server.auth import rotation
 
-    where = _with_config(context, config, overrides)
-    log.configure(where.settings().log)
+    log.configure(context.settings().log)
     with shared_metrics() as metrics:
-        from ksync_server.server import Supervisor
+        from ksync_server.server import Bound, Supervisor, show
+        from ksync_server.worker import check_store
 
-        with where.services():
-            pass  # a schema or key file that cannot be used is said here, once, not by each worker
-        raise SystemExit(Supervisor(where.settings, metrics).run())
+        def on_ready(bound: Bound) -> None:
+            listen = [show(address) for address in bound.listen]
+            listen_tls = [show(address) for address in bound.listen_tls]
+            admin = show(bound.admin) if bound.admin else None
+            if as_json:
+                place = {"pid": os.getpid(), "listen": listen, "listen_tls": listen_tls, "admin": admin}
+                click.echo(json.dumps(place))
+            else:
+                places = [f"http://{each}" for each in listen] + [f"https://{each}" for each in listen_tls]
+                places += [f"http://{admin} (admin)"] if admin else []
+                click.echo(f"Listening on {', '.join(places)}")
+
+        # What cannot be used is said here, once, not by each worker.
+        check_store(context.settings())
+        with context.services() as services, services.database.read() as tx:
+            rotation.require_sets(tx, services.keys)
+        raise SystemExit(Supervisor(context.settings, metrics, on_ready).run())
 
 
 @main.command("check-config")
-@_config_option
-@_set_option
+@configured
 @_as_json
 @_pass
-def check_config(context: Context, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def check_config(context: Context, as_json: bool) -> None:
     """Say whether the configuration can be used, and what is wrong with it, line by line."""
-    where = _with_config(context, config, overrides)
-    path = where.path()
-    settings, mistakes = configuration.examine(path, where.overrides)
+    path = context.path()
+    settings, mistakes = configuration.examine(path, context.overrides)
     if settings is not None:
         mistakes = configuration.located(path.read_text("utf-8"), tuple(_refused_later(settings)))
+    notes = _notes(settings) if settings is not None else []
     if as_json:
         rows = [{"key": each.key, "line": each.line, "text": each.text} for each in mistakes]
-        click.echo(json.dumps({"ok": not mistakes, "mistakes": rows}))
+        click.echo(json.dumps({"ok": not mistakes, "mistakes": rows, "notes": notes}))
     elif not mistakes:
         click.echo("The configuration can be used.")
+        for note in notes:
+            click.echo(f"Note: {note}.")
     for mistake in mistakes:
         click.echo(f"Error: {configuration.explain(path, mistake)}", err=True)
     if mistakes:
         raise SystemExit(1)
 
 
+def _notes(settings: Settings) -> list[str]:
+    """What can be used, yet may not be what is wanted."""
+    from ksync_server.mail import sender
+
+    return [] if settings.mail.relay else [sender.NOBODY_IS_TOLD]
+
+
 def _refused_later(settings: Settings) -> Iterator[Mistake]:
     """What the parts of the server refuse when they start."""
     from ksync_server.app import Proxies
     from ksync_server.auth import offers
+    from ksync_server.networks import Networks
     from ksync_server.server import parse_listen
+    from ksync_server.store import s3
+    from ksync_server.tls import Certificates
+    from ksync_server.worker import check_store
 
-    listen = (("server.listen", address) for address in settings.server.listen)
-    admin = [("server.admin_listen", settings.server.admin_listen)] if settings.server.admin_listen else []
+    server = settings.server
+    listen = [("server.listen", address) for address in server.listen]
+    listen += [("server.listen_tls", address) for address in server.listen_tls]
+    listen += [("server.admin_listen", server.admin_listen)] if server.admin_listen else []
     checks: list[tuple[str, Callable[[], object]]] = [
-        *((key, partial(parse_listen, address)) for key, address in (*listen, *admin)),
-        ("server.trusted_proxies", partial(Proxies, settings.server.trusted_proxies)),
+        *((key, partial(parse_listen, address)) for key, address in listen),
+        ("server.trusted_proxies", partial(Proxies, server.trusted_proxies)),
+        ("server.proxy_protocol", partial(Networks, "server.proxy_protocol", server.proxy_protocol)),
+        ("tls.certificates", partial(Certificates, settings.tls)),
         ("offers_file", partial(offers.load, settings.offers_file)),
+        ("s3.bucket", partial(check_store, settings)),
+        ("s3.credentials_file", partial(s3.credentials, settings.s3)),
     ]
     for key, check in checks:
         try:
             check()
         except ConfigError as error:
-            yield Mistake(key, str(error).removeprefix(f"{key}: "))
+            text = str(error)
+            if key != "s3.bucket" or not text.startswith("s3.credentials_file: "):  # said by the next one
+                yield Mistake(key, text.removeprefix(f"{key}: "))
 
 
 @main.command()
-@_config_option
-@_set_option
+@configured
 @_as_json
 @_pass
-def migrate(context: Context, config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def migrate(context: Context, as_json: bool) -> None:
     """Create the database's tables or bring them to this program's schema."""
     from ksync_server.store import schema
     from ksync_server.store.database import Database
 
-    settings = _with_config(context, config, overrides).settings()
+    settings = context.settings()
     database = Database(settings.database, threads=1)
     try:
         before = schema.current(database)
@@ -135,5 +158,10 @@ def migrate(context: Context, config: Path | None, overrides: tuple[str, ...], a
 
 
 main.add_command(demonstration.demo)
+main.add_command(diagnosis.doctor)
 accounts.register(main)
 organizations.register(main)
+verify.register(main)
+keys.register(main)
+backup.register(main)
+jobs.register(main)

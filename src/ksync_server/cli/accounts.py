@@ -10,9 +10,21 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from ksync_server.auth import accounts, app_passwords, directory, organizations, secondfactor
+from ksync_server.auth import (
+    accounts,
+    app_passwords,
+    directory,
+    organizations,
+    recovery,
+    removal,
+    secondfactor,
+)
 from ksync_server.auth.accounts import Account
+from ksync_server.auth.gate import DriveTarget, owner
+from ksync_server.auth.passwords import AppPassword
 from ksync_server.cli.output import Answer, change_account, command, read_secret, see_account, table
+from ksync_server.drive import tree
+from ksync_server.errors import NotFound
 from ksync_server.store.database import Write
 
 if TYPE_CHECKING:
@@ -40,8 +52,9 @@ def _shown(found: Account) -> dict[str, Any]:
         "sync_id": found.sync_id,
         "login_email": found.login_email,
         "display_name": found.display_name,
-        "state": found.state,
+        "state": found.shown_state,
         "second_factor": found.second_factor,
+        "purge_at": found.purge_at,
     }
 
 
@@ -197,6 +210,77 @@ def _account_resume(services: Services, name: str) -> Answer:
     return _set_state(services, name, "active")
 
 
+@command(account, "delete")
+@_name
+def _account_delete(services: Services, name: str) -> Answer:
+    """Let nobody in from now on, and erase everything after the days that the configuration gives."""
+    days = services.settings.accounts.grace_days
+
+    def change(tx: Write, account: Account) -> Account:
+        removal.delete(tx, account, grace_days=days)
+        return accounts.by_id(tx, account.id)
+
+    found = change_account(services, name, change)
+    return Answer(
+        _shown(found), f"{found.sync_id} is deleted; `account restore` takes that back for {days} days."
+    )
+
+
+@command(account, "restore")
+@_name
+def _account_restore(services: Services, name: str) -> Answer:
+    """Take a deletion back, as long as nothing has been erased."""
+    found = change_account(services, name, removal.restore)
+    return Answer(_shown(found), f"{found.sync_id} is {found.state} again.")
+
+
+@command(account, "login-lost")
+@_name
+def _account_login_lost(services: Services, name: str) -> Answer:
+    """Replace a log-in address that was hosted here and is gone by a temporary name.
+
+    Its owner gives a new address at the next web log-in. The password, the sync id and every program that
+    uses it go on. Addresses outside are refused.
+    """
+    hosted = services.settings.accounts.hosted_domains
+    made = change_account(services, name, lambda tx, account: recovery.login_lost(tx, account, hosted))
+    told = f"told at {made.recovery_email}" if made.recovery_email else "its owner has no recovery e-mail"
+    return Answer(
+        {
+            "sync_id": made.sync_id,
+            "login": made.login,
+            "recovery_email": made.recovery_email,
+            "recovery_mobile": made.recovery_mobile,
+        },
+        f"{made.sync_id} logs in as {made.login}: {told}.",
+    )
+
+
+@command(account, "reset")
+@_name
+@click.option("--reason", required=True, help="Why; it is kept in the audit.")
+def _account_reset(services: Services, name: str, reason: str) -> Answer:
+    """Start a password reset: the owner chooses the new password, second factors stay."""
+
+    def change(tx: Write, account: Account) -> dict[str, Any]:
+        return {
+            "sync_id": account.sync_id,
+            "told": recovery.start_reset(tx, account, reason=reason),
+        }
+
+    row = change_account(services, name, change)
+    return Answer(row, f"{row['sync_id']} is told at {row['told']} how to choose a new password.")
+
+
+@command(account, "notices")
+@_name
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
+def _account_notices(services: Services, name: str, limit: int) -> Answer:
+    """List what the owner was told: refused secrets, changed factors and passwords, newest first."""
+    rows = see_account(services, name, lambda tx, account: directory.notices(tx, account, limit=limit))
+    return Answer(rows, table(rows, "There is nothing."))
+
+
 # -- app-password ---------------------------------------------------------------------------------
 
 
@@ -227,6 +311,9 @@ def app_password() -> None:
     metavar="NETWORK",
     help="Address or network it works from; may be repeated; everywhere without this.",
 )
+@click.option("--read-only", is_flag=True, help="It changes nothing anywhere.")
+@click.option("--drive", "drive_id", type=int, help="The only drive it opens; its scope is drive alone then.")
+@click.option("--folder", help="With --drive: the path of the folder that is all it sees of that drive.")
 def _app_password_create(
     services: Services,
     account_name: str,
@@ -234,25 +321,52 @@ def _app_password_create(
     scopes: tuple[str, ...],
     expires: datetime | None,
     addresses: tuple[str, ...],
+    read_only: bool,
+    drive_id: int | None,
+    folder: str | None,
 ) -> Answer:
     """Create an application password; it is shown now and never again."""
     expires_at = int(expires.replace(tzinfo=UTC).timestamp()) if expires else None
-    number, secret = change_account(
-        services,
-        account_name,
-        lambda tx, account: app_passwords.create(
+    if folder is not None and drive_id is None:
+        raise click.UsageError("--folder needs --drive.")
+
+    def create(tx: Write, account: Account) -> tuple[int, AppPassword]:
+        folder_id = None
+        if folder is not None and drive_id is not None:
+            folder_id = _folder_id(services, tx, account, drive_id, folder)
+        return app_passwords.create(
             tx,
             services.keys,
             account,
             name,
-            scopes or app_passwords.SCOPES,
+            scopes or (app_passwords.SCOPES if drive_id is None else ("drive",)),
             expires_at=expires_at,
             addresses=addresses,
-        ),
-    )
+            read_only=read_only,
+            drive_id=drive_id,
+            folder_id=folder_id,
+        )
+
+    number, secret = change_account(services, account_name, create)
     return Answer(
         {"id": number, "secret": secret.shown}, f"{secret.shown}\nShown once; it has the id {number}."
     )
+
+
+def _folder_id(services: Services, tx: Write, account: Account, drive_id: int, folder: str) -> int:
+    """The node of a folder as its owner sees it in the drive.
+
+    Raises:
+        NotFound: there is no such folder, or no such drive of the account.
+        Forbidden: the drive's offer has no WebDAV.
+    """
+    grant = services.gate.authorize(tx, owner(account), DriveTarget(drive_id), "PROPFIND")
+    view = tree.View(grant, services.settings.drive, False)
+    segments = tuple(segment for segment in folder.split("/") if segment)
+    node = tree.resolve(tx, view, segments).node
+    if node is None or not node.folder:
+        raise NotFound(f"The drive {drive_id} has no folder {folder!r}.")
+    return node.id
 
 
 @command(app_password, "list")
@@ -373,12 +487,43 @@ def audit() -> None:
 
 @command(audit, "list")
 @click.argument("account_name", metavar="[ACCOUNT]", required=False)
+@click.option("--subject", help="Instead of an account: the id of what was changed, e.g. an organization's.")
+@click.option(
+    "--action",
+    "actions",
+    multiple=True,
+    help="Only this action; one that ends in a dot stands for all that begin so; may be repeated.",
+)
+@click.option(
+    "--since",
+    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
+    help="Nothing older, in UTC.",
+)
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
-def _audit_list(services: Services, account_name: str | None, limit: int) -> Answer:
+def _audit_list(
+    services: Services,
+    account_name: str | None,
+    subject: str | None,
+    actions: tuple[str, ...],
+    since: datetime | None,
+    limit: int,
+) -> Answer:
     """List the newest rows first, of one account or of all."""
-    subject = None
-    if account_name is not None:
-        subject = see_account(services, account_name, lambda tx, account: account.sync_id)
+    if account_name is not None and subject is not None:
+        raise click.UsageError("Name an ACCOUNT or a --subject.")
     with services.database.read() as tx:
-        rows = directory.audit(tx, subject=subject, limit=limit)
+        if account_name is not None:
+            found = accounts.find(tx, account_name, services.settings.hosts.log_in)
+            subject = account_name.strip().upper() if found is None else found.sync_id
+            if found is None and not directory.audit(
+                tx, subject=subject, limit=1
+            ):  # not an erased one either
+                accounts.get(tx, account_name, services.settings.hosts.log_in)
+        rows = directory.audit(
+            tx,
+            subject=subject,
+            actions=actions,
+            since=int(since.replace(tzinfo=UTC).timestamp()) if since else None,
+            limit=limit,
+        )
     return Answer(rows, table(rows, "There is nothing."))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -60,6 +60,36 @@ class Context:
             yield services
         finally:
             services.close()
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def configured(function: Function) -> Function:
+    """`--config` and `--set` behind a command too: they say the same as in front of it."""
+
+    def config(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
+        if value is not None:
+            ctx.obj = replace(ctx.obj, config=value)
+
+    def overrides(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
+        if value:
+            ctx.obj = replace(ctx.obj, overrides=ctx.obj.overrides + value)
+
+    path = click.Path(path_type=Path, dir_okay=False)
+    for option in (
+        click.option(
+            "--set",
+            multiple=True,
+            metavar="KEY=VALUE",
+            expose_value=False,
+            callback=overrides,
+            help="Override one setting.",
+        ),
+        click.option("--config", type=path, expose_value=False, callback=config, help="Configuration file."),
+    ):
+        function = option(function)
+    return function
 
 
 @contextlib.contextmanager

@@ -85,7 +85,10 @@ _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
     "--ready-file", type=click.Path(path_type=Path, dir_okay=False), help="Written when it listens."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting.")
-def demo(data: Path, host: str, port: int, ready_file: Path | None, overrides: tuple[str, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what the ready file holds instead of text.")
+def demo(
+    data: Path, host: str, port: int, ready_file: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
     """Start everything on one folder with demo data, and print addresses and passwords."""
     from ksync_server import log
 
@@ -95,8 +98,11 @@ def demo(data: Path, host: str, port: int, ready_file: Path | None, overrides: t
     if ready_file is not None:
         ready_file.unlink(missing_ok=True)
     with shared_metrics() as metrics:
+        from ksync_server.worker import check_store
+
+        check_store(settings)
         accounts = _prepare(settings, data.resolve() / "demo.json")
-        raise SystemExit(_run(load, settings, metrics, accounts, host, ready_file))
+        raise SystemExit(_run(load, settings, metrics, accounts, host, ready_file, as_json))
 
 
 def _run(
@@ -106,12 +112,16 @@ def _run(
     accounts: list[dict[str, Any]],
     host: str,
     ready_file: Path | None,
+    as_json: bool,
 ) -> int:
     from ksync_server.server import Supervisor
 
     def on_ready(bound: Bound) -> None:
         description = describe(accounts, settings, host, bound)
-        _print(description)
+        if as_json:
+            click.echo(json.dumps(description, ensure_ascii=False))
+        else:
+            _print(description)
         if ready_file is not None:
             _write_private(ready_file, description)
 
@@ -126,7 +136,7 @@ def _loader(data: Path, host: str, port: int, overrides: tuple[str, ...]) -> Cal
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = data / "ksync.toml"
     if not config.exists():
-        config.write_text(_CONFIG, "utf-8")
+        _write_durably(config, _CONFIG.encode())
     shown = f"[{host}]" if ":" in host else host
     own = (
         f'server.listen=["{shown}:{port}"]',
@@ -141,14 +151,26 @@ def _loader(data: Path, host: str, port: int, overrides: tuple[str, ...]) -> Cal
 
 def _write_private(path: Path, content: Any) -> None:
     """Write JSON that only its owner reads; it appears whole, by rename."""
+    _write_durably(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a file that is there whole after a power cut, or not at all.
+
+    An empty configuration would name another database: everything would seem to be lost.
+    """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.rename(part, path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 # -- accounts -------------------------------------------------------------------------------------
@@ -166,7 +188,10 @@ def _prepare(settings: Settings, secrets_file: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
             known = json.loads(secrets_file.read_text("utf-8"))
         if known.get("generation") != generation:
-            known = {"generation": generation, "seeded": False, "accounts": _create(services)}
+            if _has(services, known):  # a backup was restored
+                known["generation"] = generation
+            else:
+                known = {"generation": generation, "seeded": False, "accounts": _create(services)}
             _write_private(secrets_file, known)
         if not known["seeded"]:
             _seed(services, known["accounts"])
@@ -174,6 +199,16 @@ def _prepare(settings: Settings, secrets_file: Path) -> list[dict[str, Any]]:
             _write_private(secrets_file, known)
     accounts: list[dict[str, Any]] = known["accounts"]
     return accounts
+
+
+def _has(services: Services, known: dict[str, Any]) -> bool:
+    """Whether the database has the accounts whose secrets the folder knows."""
+    from ksync_server.auth import accounts
+
+    hosts = services.settings.hosts.log_in
+    with services.database.read() as tx:
+        found = [accounts.find(tx, account["sync_id"], hosts) for account in known.get("accounts", ())]
+    return bool(found) and None not in found
 
 
 @contextlib.contextmanager
@@ -191,7 +226,7 @@ def _services(settings: Settings) -> Iterator[Services]:
 
 
 def _create(services: Services) -> list[dict[str, Any]]:
-    from ksync_server.auth import accounts, app_passwords, organizations, secondfactor
+    from ksync_server.auth import accounts, app_passwords, organizations, products, secondfactor
     from ksync_server.store.database import Write
 
     hosts = services.settings.hosts.log_in
@@ -239,7 +274,7 @@ def _create(services: Services) -> list[dict[str, Any]]:
     def _organization(tx: Write, person: Person) -> tuple[int, int]:
         limits = services.settings.drive
         organization_id = organizations.create_organization(tx, person.organization)
-        product_id = organizations.create_product(tx, organization_id, person.offer)
+        product_id = products.create(tx, services.offers, organization_id, person.offer).id
         drive_id = organizations.create_drive(
             tx, product_id, person.drive, reserved=(limits.trash_name, limits.common_name)
         )
@@ -309,7 +344,7 @@ async def _send(app: App, host: str, account: dict[str, Any], sample: samples.Sa
         "type": "http",
         "http_version": "1.1",
         "method": sample.method,
-        "scheme": "http",
+        "scheme": "https",
         "client": ("127.0.0.1", 0),
         "raw_path": sample.path.encode("ascii"),
         "query_string": b"",

@@ -1,4 +1,4 @@
-"""Commands for organizations, offers, products and drives."""
+"""Commands for organizations, their members, and drives."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksync_server.auth import accounts, directory, organizations
+from ksync_server.auth import accounts, directory, enforcement, organizations
+from ksync_server.auth import products as rules
 from ksync_server.auth.accounts import Account
+from ksync_server.cli import products
 from ksync_server.cli.output import Answer, change_account, command, table
-from ksync_server.errors import BadRequest
 from ksync_server.store.database import Write
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _name = click.argument("name")
 
 def register(group: click.Group) -> None:
     """Add the groups org, offer, product and drive."""
-    for each in (org, offer, product, drive):
+    for each in (org, products.offer, products.product, drive):
         group.add_command(each)
 
 
@@ -49,6 +50,35 @@ def _org_list(services: Services) -> Answer:
     with services.database.read() as tx:
         rows = directory.organizations(tx)
     return Answer(rows, table(rows, "There is no organization."))
+
+
+@command(org, "delete")
+@_organization_id
+def _org_delete(services: Services, organization_id: int) -> Answer:
+    """Delete an organization that has no products; its members' accounts stay."""
+    services.database.write(lambda tx: organizations.delete_organization(tx, organization_id))
+    return Answer({"id": organization_id}, f"Organization {organization_id} is gone.")
+
+
+@command(org, "require-second-factor")
+@_organization_id
+@click.argument("state", type=click.Choice(["on", "off"]))
+def _org_require_second_factor(services: Services, organization_id: int, state: str) -> Answer:
+    """Stop members without a second factor at their next web action until they enrol one.
+
+    Sync and drive programs go on as they are.
+    """
+
+    def change(tx: Write) -> list[dict[str, Any]]:
+        enforcement.require(tx, organization_id, state == "on")
+        return directory.members(tx, organization_id, without_second_factor=True)
+
+    rows = services.database.write(change)
+    stopped = [row["sync_id"] for row in rows if row["stopped"]]
+    text = f"Organization {organization_id}: a second factor is {'' if state == 'on' else 'not '}required."
+    if stopped:
+        text += f" Stopped until they enrol one: {', '.join(stopped)}."
+    return Answer({"organization_id": organization_id, "required": state == "on", "stopped": stopped}, text)
 
 
 @org.group("member")
@@ -91,82 +121,46 @@ def _org_member_remove(services: Services, organization_id: int, name: str) -> A
     )
 
 
-@command(org_member, "list")
+@command(org_member, "leave")
 @_organization_id
-def _org_member_list(services: Services, organization_id: int) -> Answer:
-    """List the members."""
-    with services.database.read() as tx:
-        rows = directory.members(tx, organization_id)
-    return Answer(rows, table(rows, "It has no member."))
+@_name
+def _org_member_leave(services: Services, organization_id: int, name: str) -> Answer:
+    """An external's own way out; its files stay."""
 
+    def change(tx: Write, account: Account) -> str:
+        organizations.leave(tx, organization_id, account)
+        return account.sync_id
 
-# -- offer, product -------------------------------------------------------------------------------
-
-
-@click.group()
-def offer() -> None:
-    """Offers: what a product opens."""
-
-
-def _known_offer(services: Services, name: str) -> str:
-    found = services.offers.find(name)
-    if found is None:
-        known = ", ".join(each.id for each in services.offers.list())
-        raise BadRequest(f"There is no offer {name!r}. There are: {known}.")
-    return found.id
-
-
-@command(offer, "list")
-def _offer_list(services: Services) -> Answer:
-    """List the offers of offers.toml."""
-    rows = [
-        {
-            "id": each.id,
-            "aliases": services.offers.aliases(each.id),
-            "webdav": each.webdav,
-            "webhooks": each.webhooks,
-            "seats_min": each.seats_min,
-            "seats_max": each.seats_max,
-            "storage_bytes": each.storage_bytes,
-        }
-        for each in services.offers.list()
-    ]
-    return Answer(rows, table(rows, "There is no offer."))
-
-
-@command(offer, "set")
-@click.option("--product", "product_id", type=int, required=True, help="Id of the product.")
-@click.argument("name", metavar="OFFER")
-def _offer_set(services: Services, product_id: int, name: str) -> Answer:
-    """Move a product to another offer; the next request sees it."""
-    chosen = _known_offer(services, name)
-    services.database.write(lambda tx: organizations.set_offer(tx, product_id, chosen))
-    return Answer({"product_id": product_id, "offer": chosen}, f"Product {product_id} has {chosen}.")
-
-
-@click.group()
-def product() -> None:
-    """Products: what an organization has, each under one offer."""
-
-
-@command(product, "create")
-@_organization_id
-@click.argument("name", metavar="OFFER")
-def _product_create(services: Services, organization_id: int, name: str) -> Answer:
-    """Create a product of an organization."""
-    chosen = _known_offer(services, name)
-    number = services.database.write(lambda tx: organizations.create_product(tx, organization_id, chosen))
+    sync_id = change_account(services, name, change)
     return Answer(
-        {"id": number, "organization_id": organization_id, "offer": chosen}, f"Product {number}: {chosen}"
+        {"organization_id": organization_id, "sync_id": sync_id},
+        f"{sync_id} left organization {organization_id}.",
     )
 
 
-@command(product, "list")
-def _product_list(services: Services) -> Answer:
-    """List products."""
+@command(org_member, "alert")
+@_organization_id
+@_name
+def _org_member_alert(services: Services, organization_id: int, name: str) -> Answer:
+    """Send a member an e-mail that lists the state of its security settings."""
+
+    def change(tx: Write, account: Account) -> dict[str, Any]:
+        return {"sync_id": account.sync_id, **enforcement.alert(tx, organization_id, account)}
+
+    row = change_account(services, name, change)
+    return Answer(row, f"{row['sync_id']} is told the state of its security settings.")
+
+
+@command(org_member, "list")
+@_organization_id
+@click.option("--without-second-factor", is_flag=True, help="Only those where none is on.")
+def _org_member_list(services: Services, organization_id: int, without_second_factor: bool) -> Answer:
+    """List the members, and whether a missing second factor stops them."""
     with services.database.read() as tx:
-        rows = directory.products(tx)
-    return Answer(rows, table(rows, "There is no product."))
+        rows = directory.members(tx, organization_id, without_second_factor=without_second_factor)
+    return Answer(
+        rows, table(rows, "It has no such member." if without_second_factor else "It has no member.")
+    )
 
 
 # -- drive ----------------------------------------------------------------------------------------
@@ -234,6 +228,23 @@ def _drive_limits(
 
     row = services.database.write(change)
     return Answer(row, table([row], ""))
+
+
+@command(drive, "move")
+@_drive_id
+@click.argument("product_id", type=int)
+def _drive_move(services: Services, drive_id: int, product_id: int) -> Answer:
+    """Put a drive under another product of its organization; a kSuite's stay."""
+    services.database.write(lambda tx: rules.move_drive(tx, drive_id, product_id))
+    return Answer({"id": drive_id, "product_id": product_id}, f"Drive {drive_id} has product {product_id}.")
+
+
+@command(drive, "cancel")
+@_drive_id
+def _drive_cancel(services: Services, drive_id: int) -> Answer:
+    """Take an empty drive out of its product; a kSuite's stay."""
+    services.database.write(lambda tx: rules.cancel_drive(tx, drive_id))
+    return Answer({"id": drive_id}, f"Drive {drive_id} is gone.")
 
 
 @drive.group("member")

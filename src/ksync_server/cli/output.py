@@ -14,6 +14,7 @@ import click
 
 from ksync_server.auth import accounts
 from ksync_server.auth.accounts import Account
+from ksync_server.cli.context import configured
 from ksync_server.store.database import Read, Write
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def command(group: click.Group, name: str) -> Callable[[Callable[..., Answer]], 
             click.echo(json.dumps(answer.data, ensure_ascii=False) if as_json else answer.text)
 
         option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-        return group.command(name)(option(run))
+        return group.command(name)(configured(option(run)))
 
     return decorate
 

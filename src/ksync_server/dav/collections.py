@@ -28,6 +28,7 @@ COMPONENTS = ("VEVENT", "VTODO", "VJOURNAL", "VFREEBUSY", "VAVAILABILITY")
 MAX_NAME_BYTES = 255  # of a collection's name, UTF-8
 
 _PURGED_AT_ONCE = 100  # objects erased in one transaction
+_HIDDEN_AT_ONCE = 50  # collections taken out of their home in one transaction
 
 _C = t.collection.c
 _P = sa.bindparam
@@ -54,6 +55,12 @@ _NEW = (
 )
 _HOLD = sa.select(_C.id).where(_C.id == _P("id_")).with_for_update()
 _HIDE = sa.update(t.collection).where(_C.id == _P("id_")).values(account_id=None)
+_HIDE_SOME = (
+    sa.update(t.collection)
+    .where(_C.id.in_(sa.select(_C.id).where(_C.account_id == _P("owner_id")).limit(_HIDDEN_AT_ONCE)))
+    .values(account_id=None)
+    .returning(_C.id)
+)
 _HIDDEN = (
     sa.select(_C.id).where(_C.account_id.is_(None), _C.kind != "drive").order_by(_C.id).limit(_P("most"))
 )
@@ -74,6 +81,9 @@ _PROPERTIES_OF_HOME = (
     .where(_C.account_id == _P("account_id"), _C.kind == _P("kind"))
 )
 _DROP_PROPERTY = sa.delete(t.collection_property).where(_V.collection_id == _P("id_"), _V.name == _P("name"))
+_DEAD_SIZE = sa.select(sa.func.coalesce(sa.func.sum(sa.func.length(_V.xml)), 0)).where(
+    _V.collection_id == _P("id_")
+)
 _NEW_PROPERTY = sa.insert(t.collection_property).values(
     collection_id=_P("id_"), name=_P("name"), xml=_P("xml")
 )
@@ -222,6 +232,7 @@ def create(
     *,
     components: Iterable[str] = (),
     stored: Mapping[str, str] | None = None,
+    dead_limit: int | None = None,
     limit: int,
     now: int,
 ) -> Collection:
@@ -230,14 +241,15 @@ def create(
     Args:
         name: last segment of its URL.
         components: what a calendar takes; none = everything.
-        stored: Clark name -> whole element; checked by the caller.
+        stored: Clark name -> whole element; each checked by the caller.
+        dead_limit: `dav.max_dead_bytes`, of all of them together.
         limit: `dav.max_collections`.
         now: Unix seconds.
 
     Raises:
         MethodNotAllowed: resource-must-be-null; the name is taken (RFC 4791 §5.3.1.1, RFC 5689 §3.3).
         Forbidden: the name cannot be one.
-        InsufficientStorage: the home is full.
+        InsufficientStorage: the home is full, or the properties are too large together.
         NotFound: the account is gone.
         In every case nothing was changed.
     """
@@ -254,17 +266,31 @@ def create(
     number = tx.scalar(_NEW, {**values, "components": " ".join(dict.fromkeys(components))})
     for key, text in (stored or {}).items():
         tx.fast(_NEW_PROPERTY, {"id_": number, "name": key, "xml": text})
+    _check_dead(tx, number, dead_limit)
     return get(tx, account_id, kind, name)
 
 
+def _check_dead(tx: Write, collection_id: int, limit: int | None) -> None:
+    if limit is not None and int(tx.scalar(_DEAD_SIZE, {"id_": collection_id})) > limit:
+        raise InsufficientStorage(f"The properties of a collection may have {limit} characters together.")
+
+
 def change_properties(
-    tx: Write, collection: Collection, put: Mapping[str, str], removed: Iterable[str]
+    tx: Write,
+    collection: Collection,
+    put: Mapping[str, str],
+    removed: Iterable[str],
+    dead_limit: int | None = None,
 ) -> None:
     """Store and remove properties of a collection that `lock` returned.
 
     Args:
-        put: Clark name -> whole element, checked by the caller.
+        put: Clark name -> whole element, each checked by the caller.
         removed: Clark names; those that are not there do not matter.
+        dead_limit: `dav.max_dead_bytes`, of all of them together.
+
+    Raises:
+        InsufficientStorage: they are too large together.
 
     Cost: two statements per property. A new time zone forgets the occurrences of floating objects.
     """
@@ -272,6 +298,8 @@ def change_properties(
         tx.fast(_DROP_PROPERTY, {"id_": collection.id, "name": name})
     for name, text in put.items():
         tx.fast(_NEW_PROPERTY, {"id_": collection.id, "name": name, "xml": text})
+    if put:
+        _check_dead(tx, collection.id, dead_limit)
     if {TIMEZONE, TIMEZONE_ID} & {*removed, *put}:
         tx.fast(_DROP_FLOATING_INDEX, {"id_": collection.id})
 
@@ -299,6 +327,16 @@ def purge(database: Database, collection_id: int) -> None:
     """
     while database.write(lambda tx: _purge_some(tx, collection_id)):
         pass
+
+
+def erase_home(database: Database, account_id: int) -> None:
+    """Erase every calendar and address book of an account that is being erased; blocking.
+
+    Whatever interrupts it, it can be called again, and `purge_deleted` ends what was begun.
+    """
+    while numbers := database.write(lambda tx: tx.fast(_HIDE_SOME, {"owner_id": account_id})):
+        for (number,) in numbers:
+            purge(database, number)
 
 
 def purge_deleted(database: Database, *, most: int = 100) -> int:

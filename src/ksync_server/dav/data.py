@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ksync_server import settings as configuration
 from ksync_server.dav import filters, objects, occurrences
@@ -211,4 +211,5 @@ class Renderer:
         if chosen is None:
             return calendar
         cut = recurrence.expand if asked.expand else recurrence.limit_recurrence_set
-        return cut(found, chosen.start, chosen.end, self._zone, self._allowance.budget)
+        budget = replace(self._allowance.budget, max_bytes=self._left_bytes)
+        return cut(found, chosen.start, chosen.end, self._zone, budget)

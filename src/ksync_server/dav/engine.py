@@ -249,7 +249,7 @@ class Engine:
         ask.check(tx)
         for number in view.changed:
             put, removed = _values(ask.instructions)
-            collections.change_properties(tx, locked[number], put, removed)
+            collections.change_properties(tx, locked[number], put, removed, self._settings.max_dead_bytes)
         for moved, source, target, name in view.moved:
             objects.move(
                 tx,
@@ -281,6 +281,7 @@ class Engine:
             ask.place.collection,
             components=_components(sets[-1]) if sets and kind is Kind.CALENDAR else (),
             stored=stored,
+            dead_limit=self._settings.max_dead_bytes,
             limit=self._settings.max_collections,
             now=now,
         )

@@ -10,7 +10,7 @@ import datetime
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -473,7 +473,7 @@ def matches_calendar(
     if wanted.is_not_defined:
         return False
     ranges = max(1, _ranges(wanted))
-    calendar = _Calendar(found, zone, recurrence.Budget(budget.max_steps // ranges, budget.max_instances))
+    calendar = _Calendar(found, zone, replace(budget, max_steps=budget.max_steps // ranges))
     return all(calendar.property(condition, found.calendar) for condition in wanted.props) and all(
         calendar.top(comp) for comp in wanted.comps
     )

@@ -240,7 +240,7 @@ STORED_CARD = vcard.CardLimits(_ENDLESS, _ENDLESS, _ENDLESS)
 
 def budget(limits: configuration.Dav) -> recurrence.Budget:
     """What following one object's recurrence may cost in one request."""
-    return recurrence.Budget(limits.recurrence_steps, limits.max_instances)
+    return recurrence.Budget(limits.recurrence_steps, limits.max_instances, limits.max_answer_bytes)
 
 
 def prepare(kind: Kind, data: bytes, zone: datetime.tzinfo, limits: configuration.Dav) -> Prepared:

@@ -12,7 +12,7 @@ import datetime
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -105,7 +105,7 @@ class Allowance:
         self._exhausted += 1
         if self._exhausted >= _WHOLE:
             part = _PARTS[0] if self._exhausted < _WHOLE + _PART else _PARTS[1]
-            self.budget = recurrence.Budget(self._whole.max_steps // part, self._whole.max_instances)
+            self.budget = replace(self._whole, max_steps=self._whole.max_steps // part)
 
 
 def facts(found: ical.CalendarObject, zone: datetime.tzinfo, budget: recurrence.Budget) -> Facts:

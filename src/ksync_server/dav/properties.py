@@ -87,7 +87,15 @@ def _reports(names: Iterable[str]) -> str:
 
 
 _READ = ("d:read", "d:read-current-user-privilege-set")
-_OWN = (*_READ, "d:write", "d:write-properties", "d:write-content", "d:bind", "d:unbind")
+_WRITE = ("d:write", "d:write-properties", "d:write-content")
+_BIND = ("d:bind", "d:unbind")
+
+
+def _rights(asked: Asked, *more: str, read: tuple[str, ...] = _READ) -> str:
+    """What the identity may do: read, and more unless its secret only reads (RFC 3744 §5.5)."""
+    return _privileges(*read, *(() if asked.identity.read_only else more))
+
+
 _COLLATIONS = "".join(
     f"<{{0}}:supported-collation>{name}</{{0}}:supported-collation>"
     for name in ("i;ascii-casemap", "i;octet", "i;unicode-casemap")
@@ -176,7 +184,7 @@ _HOME: dict[str, Render[object]] = {
     **_FOLDER,
     DAV + "displayname": _display_name,
     DAV + "owner": _owner,
-    DAV + "current-user-privilege-set": lambda *_: _privileges(*_READ, "d:bind", "d:unbind"),
+    DAV + "current-user-privilege-set": lambda _, asked: _rights(asked, *_BIND),
 }
 
 
@@ -230,7 +238,9 @@ _COLLECTION: dict[str, Render[Listed]] = {
 }
 _CALENDAR: dict[str, Render[Listed]] = {
     **_COLLECTION,
-    DAV + "current-user-privilege-set": lambda *_: _privileges(*_OWN, "c:read-free-busy"),
+    DAV + "current-user-privilege-set": lambda _, asked: _rights(
+        asked, *_WRITE, *_BIND, read=(*_READ, "c:read-free-busy")
+    ),
     CALDAV + "supported-calendar-component-set": _components,
     CALDAV + "supported-calendar-data": lambda *_: (
         '<c:supported-calendar-data><c:calendar-data content-type="text/calendar" version="2.0"/>'
@@ -252,7 +262,7 @@ _CALENDAR: dict[str, Render[Listed]] = {
 }
 _ADDRESSBOOK: dict[str, Render[Listed]] = {
     **_COLLECTION,
-    DAV + "current-user-privilege-set": lambda *_: _privileges(*_OWN),
+    DAV + "current-user-privilege-set": lambda _, asked: _rights(asked, *_WRITE, *_BIND),
     CARDDAV + "supported-address-data": lambda *_: (
         '<card:supported-address-data><card:address-data-type content-type="text/vcard" version="3.0"/>'
         "</card:supported-address-data>"
@@ -290,9 +300,7 @@ _SAME: dict[str, Callable[[Asked], str]] = {
     DAV + "principal-collection-set": lambda asked: _principals(None, asked),
     DAV + "owner": lambda asked: _owner(None, asked),
     DAV + "resourcetype": lambda _: "<d:resourcetype/>",
-    DAV + "current-user-privilege-set": lambda _: _privileges(
-        *_READ, "d:write", "d:write-content", "d:write-properties"
-    ),
+    DAV + "current-user-privilege-set": lambda asked: _rights(asked, *_WRITE),
     DAV + "supported-report-set": lambda _: _reports(()),
 }
 _OWN_VALUE: dict[str, tuple[str, int, Callable[[Any], str] | None]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,7 @@ def _members(columns: tuple[int, ...]) -> sa.Select[Any]:
 class _Opened:
     """A collection as the first read found it."""
 
+    asked: Asked
     collection: Collection
     root: str  # its own response
     rows: list[Row]  # first page of members
@@ -80,13 +81,16 @@ class Propfind:
         prefer = webdav.prefer(request)
         root = not (prefer.depth_noroot and depth == 1)
         database = self._services.database
-        asked = Asked(request, identity, self._settings, database.generation, find, prefer.minimal)
+
+        def ask(tx: Read) -> Asked:
+            return Asked(request, identity, self._settings, tx.generation, find, prefer.minimal)
+
         headers = webdav.applied(prefer, minimal=True, noroot=depth == 1)
         if place.level is Level.COLLECTION and depth == 1:
-            response = await self._members(asked, place, root=root)
+            response = await self._members(ask, place, root=root)
         else:
             read = database.reading if place.level is Level.HOME and depth == 1 else database.hot
-            found = await read(lambda tx: self._whole(tx, asked, place, root=root, members=depth == 1))
+            found = await read(lambda tx: self._whole(tx, ask(tx), place, root=root, members=depth == 1))
             response = xml(207, webdav.multistatus(found))
         response.headers += headers
         return response
@@ -141,36 +145,38 @@ class Propfind:
 
     # -- members of a collection --------------------------------------------------------------------
 
-    async def _members(self, asked: Asked, place: Place, *, root: bool) -> Response:
-        opened = await self._services.database.hot(lambda tx: self._open(tx, asked, place, root=root))
+    async def _members(self, ask: Callable[[Read], Asked], place: Place, *, root: bool) -> Response:
+        opened = await self._services.database.hot(lambda tx: self._open(tx, ask(tx), place, root=root))
         if opened.body is not None:
-            return await self._cached(asked, opened)
-        return await answers.multistatus(self._pieces(asked, place, opened), [])
+            return await self._cached(opened)
+        return await answers.multistatus(self._pieces(opened), [])
 
     def _open(self, tx: Read, asked: Asked, place: Place, *, root: bool) -> _Opened:
         grant = self._grant(tx, asked, place)
         kind = _kind(place)
         collection = collections.get(tx, grant.account_id, kind, place.collection)
         href = places.collection(asked.request, kind, grant.sync_id, collection.name)
-        key = (collection.id, collection.seq, grant.account_id, href, asked.find, asked.minimal, root)
+        version = (asked.generation, collection.id, collection.seq)
+        whose = (grant.account_id, asked.identity.read_only)
+        key = (*version, whose, href, asked.find, asked.minimal, root)
         body = self._cache.get(key)
         if body is not None:
-            return _Opened(collection, "", [], key, body)
+            return _Opened(asked, collection, "", [], key, body)
         entries = properties.Objects(asked, collection, href)
         own = ""
         if root:
             listed = Listed(collection, collections.properties(tx, collection.id))
             own = properties.Collections(asked, kind).response(listed)
-        return _Opened(collection, own, self._rows(tx, entries, collection.id, ""), key, None)
+        return _Opened(asked, collection, own, self._rows(tx, entries, collection.id, ""), key, None)
 
     def _rows(self, tx: Read, entries: properties.Objects, collection_id: int, after: str) -> list[Row]:
         values = {"collection_id": collection_id, "after": after, "most": self._page}
         return tx.fast(_members(entries.columns or _EVERY_COLUMN), values)
 
-    async def _pieces(self, asked: Asked, place: Place, opened: _Opened) -> AsyncGenerator[str, None]:
+    async def _pieces(self, opened: _Opened) -> AsyncGenerator[str, None]:
         """The body, a page at a time; kept afterwards if nothing changed while it was read."""
         database = self._services.database
-        collection = opened.collection
+        asked, collection = opened.asked, opened.collection
         href = places.collection(asked.request, collection.kind, asked.identity.sync_id, collection.name)
         entries = properties.Objects(asked, collection, href)
         kept: list[str] | None = []
@@ -198,10 +204,10 @@ class Propfind:
             if now is not None and (now.id, now.seq) == (collection.id, collection.seq):
                 self._cache.put(opened.key, "".join(kept).encode("utf-8"))
 
-    async def _cached(self, asked: Asked, opened: _Opened) -> Response:
+    async def _cached(self, opened: _Opened) -> Response:
         """A kept body; compressed at most once."""
         assert opened.body is not None
-        if not grammar.accepts_gzip(asked.request.headers.joined("accept-encoding")):
+        if not grammar.accepts_gzip(opened.asked.request.headers.joined("accept-encoding")):
             return xml(207, opened.body)
         packed = self._cache.get((opened.key, "gzip"))
         if packed is None:

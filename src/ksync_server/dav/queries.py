@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
@@ -21,16 +21,19 @@ from ksync_server.dav import collections, filters, objects, occurrences
 from ksync_server.dav.collections import Collection
 from ksync_server.dav.filters import CardFilter, CompFilter, TimeRange
 from ksync_server.dav.objects import StoredObject
+from ksync_server.dav.turns import Pool
 from ksync_server.errors import DAV, ClientError, Forbidden, Unavailable
 from ksync_server.store import blobs as store
 from ksync_server.store import tables as t
 from ksync_server.store.blobs import Blobs, Content
-from ksync_server.store.database import Database, Read, Row, Write
+from ksync_server.store.database import Read, Row, Write
 from ksync_server.wire import contentline, ical, recurrence, vcard
 
 _PAGE = 200  # rows of one read transaction
+_READ_AT_ONCE = 8 * 1024 * 1024  # bytes of content in memory; a page of the largest objects has gigabytes
 _KEPT_AT_ONCE = 50  # indexes written in one transaction
 _LOWEST, _HIGHEST = -(1 << 62), 1 << 62
+T = TypeVar("T")
 
 _O = t.object_.c
 _P = sa.bindparam
@@ -133,7 +136,7 @@ class CalendarQuery:
     def __init__(
         self,
         settings: configuration.Dav,
-        database: Database,
+        database: Pool,
         blobs: Blobs,
         collection: Collection,
         wanted: CompFilter,
@@ -164,8 +167,8 @@ class CalendarQuery:
             found, contents, last = await self._database.reading(
                 lambda tx, after=after: self._read(tx, after, with_data)  # type: ignore[misc]
             )
-            if found:
-                yield await self._database.pooled(self._decide, found, contents)
+            for some in _portions(found, lambda each: each[0].object.blob_id, contents):
+                yield await self._database.pooled(self._decide, some, contents)
             if last is None:
                 return
             after = last
@@ -293,6 +296,22 @@ class CalendarQuery:
         return collections.zone(collections.properties(tx, self._collection.id)) is self._zone
 
 
+def _portions(found: list[T], blob_id: Callable[[T], int], contents: dict[int, Content]) -> Iterator[list[T]]:
+    """What was found, in parts whose content may be in memory at once; an object alone may be larger."""
+    part: list[T] = []
+    size = 0
+    for each in found:
+        content = contents.get(blob_id(each))
+        more = 0 if content is None else content.size
+        if part and size + more > _READ_AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(each)
+        size += more
+    if part:
+        yield part
+
+
 def _unseen(page: list[Row], seen: set[int]) -> list[Row]:
     """The rows of a page that no earlier one had: what changes meanwhile comes again, with its new number."""
     rows = [row for row in page if row[_ID] not in seen]
@@ -343,7 +362,7 @@ def contents_of(tx: Read, blob_ids: Sequence[int]) -> dict[int, Content]:
                 found[number] = store.content(tx, number)
             else:
                 digests = bytes(sha1), bytes(sha256), bytes(md5)
-                found[number] = Content(size, *digests, bytes(content), ())
+                found[number] = Content(number, size, *digests, bytes(content), ())
     return found
 
 
@@ -355,7 +374,7 @@ class CardQuery:
 
     def __init__(
         self,
-        database: Database,
+        database: Pool,
         blobs: Blobs,
         collection: Collection,
         wanted: CardFilter,
@@ -376,8 +395,8 @@ class CardQuery:
             found, contents, last = await self._database.reading(
                 lambda tx, after=after: self._read(tx, after, with_data)  # type: ignore[misc]
             )
-            if found:
-                yield await self._database.pooled(self._decide, found, contents)
+            for some in _portions(found, lambda each: each.blob_id, contents):
+                yield await self._database.pooled(self._decide, some, contents)
             if last is None:
                 return
             after = last
@@ -416,7 +435,7 @@ class CardQuery:
 
 async def free_busy(
     settings: configuration.Dav,
-    database: Database,
+    database: Pool,
     blobs: Blobs,
     collection: Collection,
     wanted: TimeRange,

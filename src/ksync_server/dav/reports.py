@@ -19,6 +19,7 @@ from ksync_server.dav.collections import Collection
 from ksync_server.dav.places import Kind, Level, Place
 from ksync_server.dav.properties import Asked
 from ksync_server.dav.services import Services
+from ksync_server.dav.turns import Pool, Turns
 from ksync_server.errors import CALDAV, CARDDAV, DAV, BadRequest, Forbidden, NotFound
 from ksync_server.http import Request, Response, xml
 from ksync_server.store import tables as t
@@ -56,6 +57,7 @@ class Report:
     href: str  # of the collection, encoded
     zone: datetime.tzinfo  # of the collection
     prefer: Prefer
+    generation: str  # of the store
 
     @property
     def kind(self) -> Kind:
@@ -79,6 +81,7 @@ class Reports:
         self._services = services
         self._settings = services.settings
         self._database = services.database
+        self._turns = Turns(services.database, services.settings.dav.reports_at_once)
 
     async def answer(self, request: Request, identity: Identity, place: Place) -> Response:
         """Answer a REPORT.
@@ -115,7 +118,8 @@ class Reports:
         zone: datetime.tzinfo = datetime.UTC
         if collection.kind is Kind.CALENDAR:
             zone = collections.zone(collections.properties(tx, collection.id))
-        return Report(request, identity, place, body, collection, href, zone, webdav.prefer(request))
+        prefer = webdav.prefer(request)
+        return Report(request, identity, place, body, collection, href, zone, prefer, tx.generation)
 
     def _collection(
         self, tx: Read, request: Request, identity: Identity, place: Place
@@ -137,12 +141,15 @@ class Reports:
             raise _unsupported()
         return collection, places.collection(request, place.kind, grant.sync_id, collection.name)
 
+    def _pool(self, report: Report) -> Pool:
+        return self._turns.of(report.collection.account_id)
+
     def _entries(self, report: Report, wanted: data.DataRequest | None) -> properties.Objects:
         asked = Asked(
             report.request,
             report.identity,
             self._settings,
-            self._database.generation,
+            report.generation,
             _find(report.body),
             report.prefer.minimal,
         )
@@ -159,13 +166,14 @@ class Reports:
         contents: dict[int, Content],
         entries: properties.Objects,
         renderer: data.Renderer,
+        pool: Pool,
     ) -> AsyncGenerator[str, None]:
         """Responses with the content of each object, in pieces of some 64 KiB or one object."""
         pieces: list[str] = []
         size = 0
         for row in rows:
             where = contents[row[_BLOB]]
-            payload = await self._payload(where, renderer)
+            payload = await self._payload(where, renderer, pool)
             pieces.append(entries.response(row, payload))
             size += len(pieces[-1])
             if size > _PIECE:
@@ -173,11 +181,12 @@ class Reports:
                 pieces, size = [], 0
         yield "".join(pieces)
 
-    async def _payload(self, where: Content, renderer: data.Renderer) -> data.Payload:
+    async def _payload(self, where: Content, renderer: data.Renderer, pool: Pool) -> data.Payload:
         if where.content is not None and renderer.is_quick:
             return renderer.payload(where.content)
         blobs = self._services.blobs
-        return await self._database.pooled(lambda: renderer.payload(objects.read(blobs, where)))
+        async with pool.turn():
+            return await blobs.pooled(lambda: renderer.payload(objects.read(blobs, where)))
 
     # -- sync-collection ----------------------------------------------------------------------------
 
@@ -191,22 +200,22 @@ class Reports:
 
         zone: datetime.tzinfo = datetime.UTC
 
-        def open_(tx: Read) -> tuple[Collection, str, sync.SyncPage, _Changed]:
+        def open_(tx: Read) -> tuple[Collection, str, sync.SyncPage, _Changed, str]:
             nonlocal zone
             collection, href = self._collection(tx, request, identity, place)
             if asked.data is not None and asked.data.needs_zone:
                 zone = collections.zone(collections.properties(tx, collection.id))
             page = sync.page(tx, collection, asked, most)
             # The first rows in the same snapshot: a short answer must hold what its token stands for.
-            return collection, href, page, self._changed(tx, page, page.after, asked)
+            return collection, href, page, self._changed(tx, page, page.after, asked), tx.generation
 
-        collection, href, page, first = await self._database.hot(open_)
+        collection, href, page, first, generation = await self._database.hot(open_)
         prefer = webdav.prefer(request)
         if page.after == page.until and not page.deleted:
             response = xml(207, f"{webdav.OPEN}{_token(page.token)}{webdav.CLOSE}")
             response.headers += webdav.applied(prefer, minimal=True)
             return response
-        report = Report(request, identity, place, body, collection, href, zone, prefer)
+        report = Report(request, identity, place, body, collection, href, zone, prefer, generation)
         return await self._send(report, self._changes(report, asked, page, first))
 
     async def _changes(
@@ -215,12 +224,15 @@ class Reports:
         """Changed members, removed members, 507 where the answer ends early, and the token."""
         entries = self._entries(report, asked.data)
         renderer = data.Renderer(asked.data, report.zone, self._settings.dav) if asked.data else None
+        pool = self._pool(report)
         yield webdav.OPEN
         while True:
             if renderer is None:
                 yield "".join([entries.response(row) for row in changed.rows])
             else:
-                async for piece in self._with_content(changed.rows, changed.contents, entries, renderer):
+                async for piece in self._with_content(
+                    changed.rows, changed.contents, entries, renderer, pool
+                ):
                     yield piece
             after = changed.until
             if after >= page.until:
@@ -259,6 +271,7 @@ class Reports:
         entries = self._entries(report, wanted)
         renderer = data.Renderer(wanted, report.zone, self._settings.dav) if wanted else None
         told: set[str] = set()
+        pool = self._pool(report)
         yield webdav.OPEN
         for batch in _batches(hrefs, _NAMES_AT_ONCE):
             names = {href: _member(report, href) for href in batch}
@@ -270,7 +283,7 @@ class Reports:
             if renderer is None:
                 yield "".join([entries.response(row) for row in found])
             else:
-                async for piece in self._with_content(found, contents, entries, renderer):
+                async for piece in self._with_content(found, contents, entries, renderer, pool):
                     yield piece
             yield "".join([webdav.failed(href, 404) for href in missing])
         yield webdav.CLOSE
@@ -304,7 +317,7 @@ class Reports:
         zone = asked_zone or report.zone
         query = queries.CalendarQuery(
             self._settings.dav,
-            self._database,
+            self._pool(report),
             self._services.blobs,
             report.collection,
             filter_,
@@ -321,7 +334,7 @@ class Reports:
             raise Forbidden("An addressbook-query has a filter.", precondition=CARDDAV + "supported-filter")
         wanted = data.find(report.kind, report.body.find(DAV + "prop"))
         query = queries.CardQuery(
-            self._database,
+            self._pool(report),
             self._services.blobs,
             report.collection,
             filters.parse_card_filter(element),
@@ -344,7 +357,7 @@ class Reports:
         yield webdav.OPEN
         async for page in query.matches(with_data=renderer is not None):
             told = page if left is None else page[:left]
-            yield await self._told(told, entries, renderer)
+            yield await self._told(told, entries, renderer, self._pool(report))
             if left is not None:
                 if len(page) > left:
                     yield webdav.failed(report.href, 507, _TOO_MANY)
@@ -353,7 +366,11 @@ class Reports:
         yield webdav.CLOSE
 
     async def _told(
-        self, page: Sequence[queries.Match], entries: properties.Objects, renderer: data.Renderer | None
+        self,
+        page: Sequence[queries.Match],
+        entries: properties.Objects,
+        renderer: data.Renderer | None,
+        pool: Pool,
     ) -> str:
         if renderer is None:
             return "".join([entries.response(match.object) for match in page])
@@ -364,7 +381,7 @@ class Reports:
                 [entries.response(match.object, renderer.payload(match.data or b"")) for match in page]
             )
 
-        return render() if renderer.is_quick else await self._database.pooled(render)
+        return render() if renderer.is_quick else await pool.pooled(render)
 
     async def _free_busy(self, report: Report) -> Response:
         """RFC 4791 §7.10."""
@@ -376,7 +393,7 @@ class Reports:
             raise BadRequest("The time-range of a free-busy-query has a start and an end.")
         text = await queries.free_busy(
             self._settings.dav,
-            self._database,
+            self._pool(report),
             self._services.blobs,
             report.collection,
             asked,

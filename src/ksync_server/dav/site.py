@@ -218,7 +218,7 @@ class Site:
             return Response(200, headers)
         if found.content.content is not None:
             return Response(200, headers, found.content.content)
-        body = await self._database.pooled(objects.read, self._services.blobs, found.content)
+        body = await self._services.blobs.pooled(objects.read, self._services.blobs, found.content)
         return Response(200, headers, body)
 
     def _find(
@@ -284,7 +284,7 @@ class Site:
         except (PreconditionFailed, Conflict, Forbidden, NotFound):
             # Certainly rolled back: leave nothing to the reaper. Of other failures nobody knows.
             if stage is not None:
-                await self._database.pooled(stage.abort)
+                await self._services.blobs.pooled(stage.abort)
             raise
         return Response(201 if created else 204, [(b"etag", grammar.quote_etag(etag).encode())])
 
@@ -335,7 +335,7 @@ class Site:
                 stage.abort()
                 raise
 
-        return await self._database.pooled(write)
+        return await blobs.pooled(write)
 
     # -- DELETE ---------------------------------------------------------------------------------------
 

@@ -31,10 +31,8 @@ def state(
     node = place.node
     held: tuple[webdav.LockState, ...] = ()
     if with_locks and (node is not None or place.parent is not None):
-        held = tuple(
-            webdav.LockState(lock.token, request.href(lock.root), lock.account_id, lock.exclusive)
-            for lock in locks.covering(tx, view.grant.drive_id, place.chain, now)
-        )
+        found = locks.covering(tx, view.grant.drive_id, place.chain, now)
+        held = locks.states(found, locks.seen(view, request.href))
     if node is None:
         return webdav.ResourceState(False, locks=held)
     return webdav.ResourceState(True, etag(tx, view, node), node.mtime_ms // 1000, held)

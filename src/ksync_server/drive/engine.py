@@ -59,7 +59,9 @@ OpenView = Callable[[Read], tree.View]  # asks the gate; raises where it refuses
 Environ = dict[str, Any]
 StartResponse = Callable[..., object]
 
-_NAMES = sa.select(t.node_property.c.name).where(t.node_property.c.node_id == sa.bindparam("node_id"))
+_SIZES = sa.select(t.node_property.c.name, sa.func.length(t.node_property.c.xml)).where(
+    t.node_property.c.node_id == sa.bindparam("node_id")
+)
 _DROP_PROPERTY = sa.delete(t.node_property).where(
     t.node_property.c.node_id == sa.bindparam("node_id"), t.node_property.c.name == sa.bindparam("name")
 )
@@ -107,6 +109,11 @@ class _Call:
         return self.view.grant.account_id
 
     @property
+    def lock_href(self) -> locks.Href:
+        """How the root of a lock is written for this client."""
+        return locks.seen(self.view, self.request.href)
+
+    @property
     def mtime_ms(self) -> int | None:
         """The modification time that the client wants for what it makes."""
         return _milliseconds(grammar.parse_oc_mtime(self.request.headers.get("x-oc-mtime")))
@@ -145,7 +152,7 @@ class _Call:
             raise _MembersLocked(sorted(closed))
 
     def _check_locks(self, held: tuple[locks.Lock, ...]) -> None:
-        state = webdav.ResourceState(True, locks=locks.states(held, self.request.href))
+        state = webdav.ResourceState(True, locks=locks.states(held, self.lock_href))
         webdav.check_locks(self.given, self.account_id, state)
 
 
@@ -233,7 +240,7 @@ class _Run:
             return http.xml(status, self.patch.answer(call.request.href(place.segments, folder=folder)))
         response = Response(status)
         if call.request.method == "LOCK":
-            active = locks.discovery_xml(self.discovered, call.request.href, call.now)
+            active = locks.discovery_xml(self.discovered, call.lock_href, call.now)
             body = f"<d:prop{xml.NAMESPACES}><d:lockdiscovery>{active}</d:lockdiscovery></d:prop>"
             response = http.xml(status, xml.DECLARATION + body)
         for name, value in headers:
@@ -323,7 +330,7 @@ class _Run:
             owner_xml=call.owner_xml,
             timeout_s=timeout_s,
             expires_at=call.now + timeout_s,
-            root=path,
+            root=call.view.lock_root(path),
         )
         self._check_conflicts(self.tx, place, new)
 
@@ -344,13 +351,20 @@ class _Run:
             tx, call.drive_id, place, call.now, exclusive=new.exclusive, infinite=new.infinite
         )
         if found:
-            hrefs = dict.fromkeys(call.request.href(lock.root) for lock in found)
+            hrefs = dict.fromkeys(call.lock_href(lock.root) for lock in found)
             raise errors.Locked("Another lock is in the way.", precondition=locks.NO_CONFLICT, hrefs=hrefs)
 
     def held(self, path: Path, token: str) -> locks.Lock | None:
-        """The lock with this token, if it covers the resource at a path."""
+        """The lock with this token, if it covers the resource at a path.
+
+        One above the only folder that a client sees is none that it can refresh or release.
+        """
         found = locks.covering(self.tx, self.call.drive_id, self.place(path).chain, self.call.now)
-        return next((lock for lock in found if lock.token == token), None)
+        lock = next((lock for lock in found if lock.token == token), None)
+        folder = self.call.view.grant.folder
+        if lock is not None and folder is not None and not tree.is_inside(self.tx, lock.node_id, folder.id):
+            return None
+        return lock
 
     def refresh(self, path: Path, token: str, timeout_s: int) -> None:
         """Let the lock live on."""
@@ -392,7 +406,7 @@ class _Patch:
         node = run.place(path).node
         assert node is not None, "WsgiDAV answered 404 where nothing is"
         self._node = node
-        self._names = {name for (name,) in run.tx.fast(_NAMES, {"node_id": node.id})}
+        self._sizes: dict[str, int] = dict(run.tx.fast(_SIZES, {"node_id": node.id}))
 
     def attempt(self, name: str) -> None:
         """Check the next update.
@@ -425,12 +439,16 @@ class _Patch:
             update.status, update.precondition = 403, _PROTECTED
             return lambda work: None
         if update.value is None:
-            self._names.discard(name)
+            self._sizes.pop(name, None)
             return lambda work: _drop_property(work, path, name)
         source = xml.serialise(update.value)
-        self._names.add(name)
+        self._sizes[name] = len(source)
         limits = self._run.call.settings.drive
-        if len(source.encode()) > limits.max_property_bytes or len(self._names) > limits.max_properties:
+        if (
+            len(source.encode()) > limits.max_property_bytes
+            or len(self._sizes) > limits.max_properties
+            or sum(self._sizes.values()) > limits.max_dead_bytes
+        ):
             update.status = 507
         return lambda work: _set_property(work, path, name, source)
 
@@ -790,7 +808,7 @@ class Engine:
         known = [child for child in document.elements() if child.tag in ("{DAV:}lockscope", "{DAV:}locktype")]
         owner = document.find("{DAV:}owner")
         owner_xml = "" if owner is None else xml.serialise(owner)
-        most = self._settings.drive.max_property_bytes
+        most = self._settings.drive.max_lock_owner_bytes
         if len(owner_xml.encode()) > most:
             raise errors.BodyTooLarge(f"The owner of a lock may have {most} bytes.")
         body = xml.serialise(replace(document, children=tuple(known))).encode()

@@ -30,6 +30,7 @@ from ksync_server.wire import headers as grammar
 from ksync_server.wire import xml
 
 _PAGE = 200  # rows read in one go: under 1 ms
+_PAGE_BYTES = 1024 * 1024  # text after which a page ends early: locks and dead properties can be large
 _D, _OC, _MS = "{DAV:}", "{http://owncloud.org/ns}", "{urn:schemas-microsoft-com:}"
 
 # Columns of a row, in order.
@@ -57,6 +58,12 @@ _DEAD_OF_MEMBERS = (
     sa.select(t.node_property.c.node_id, t.node_property.c.name, t.node_property.c.xml)
     .select_from(t.node_property.join(t.node, t.node_property.c.node_id == _N.id))
     .where(_N.parent_id == _P("parent"), _N.name > _P("after"), _N.name <= _P("last"))
+)
+_DEAD_SIZES = (
+    sa.select(_N.name, sa.func.sum(sa.func.length(t.node_property.c.xml)))
+    .select_from(t.node_property.join(t.node, t.node_property.c.node_id == _N.id))
+    .where(_N.parent_id == _P("parent"), _N.name > _P("after"), _N.name <= _P("last"))
+    .group_by(_N.name)
 )
 _DEAD_OF_ONE = sa.select(t.node_property.c.node_id, t.node_property.c.name, t.node_property.c.xml).where(
     t.node_property.c.node_id == _P("id_")
@@ -125,6 +132,7 @@ def _privileges(*names: str) -> str:
 
 _ALL_RIGHTS = _privileges("read", "write", "write-content", "write-properties", "bind", "unbind", "unlock")
 _TRASH_RIGHTS = _privileges("read", "unbind")
+_READ_RIGHTS = _privileges("read")
 
 Render = Callable[[Row, _Asked, tuple[locks.Lock, ...]], str | None]
 
@@ -142,13 +150,29 @@ def _checksums(row: Row, _: _Asked, __: object) -> str | None:
 
 def _permissions(row: Row, asked: _Asked, _: object) -> str:
     rights = "DNV" if asked.trash else "DNVCK" if row[_FOLDER] else "DNVW"
+    grant = asked.view.grant
+    if grant.read_only:
+        rights = "G"
+    elif grant.folder is not None and row[_ID] == grant.folder.id:
+        rights = "CK"
     return f"<oc:permissions>{rights}</oc:permissions>"
+
+
+def _rights(_: Row, asked: _Asked, __: object) -> str:
+    if asked.view.grant.read_only:
+        return _READ_RIGHTS
+    return _TRASH_RIGHTS if asked.trash else _ALL_RIGHTS
+
+
+def _own_folders(asked: _Asked) -> tuple[int, ...]:
+    """Folders that belong to the drive, or are all that is seen of it: not locked, moved or deleted."""
+    grant = asked.view.grant
+    return (grant.root_id, grant.trash_id, grant.common_id, grant.folder.id if grant.folder else 0)
 
 
 def _supported_lock(row: Row, asked: _Asked, _: object) -> str:
     """The drive's own folders take no locks (see `locks.lockable`)."""
-    grant = asked.view.grant
-    if row[_FOLDER] and row[_ID] in (grant.root_id, grant.trash_id, grant.common_id):
+    if row[_FOLDER] and row[_ID] in _own_folders(asked):
         return "<d:supportedlock/>"
     return _SUPPORTED_LOCK
 
@@ -156,7 +180,8 @@ def _supported_lock(row: Row, asked: _Asked, _: object) -> str:
 def _discovery(_: Row, asked: _Asked, held: tuple[locks.Lock, ...]) -> str:
     if not held:
         return "<d:lockdiscovery/>"
-    return f"<d:lockdiscovery>{locks.discovery_xml(held, asked.href, asked.now)}</d:lockdiscovery>"
+    href = locks.seen(asked.view, asked.href)
+    return f"<d:lockdiscovery>{locks.discovery_xml(held, href, asked.now)}</d:lockdiscovery>"
 
 
 def _file_only(render: Callable[[Row], str]) -> Render:
@@ -170,6 +195,9 @@ def _quota(row: Row, asked: _Asked, _: object) -> str | None:
 
 
 def _used(row: Row, asked: _Asked, _: object) -> str | None:
+    """Of the drive; nobody who sees one folder of it is told how much lies in the others."""
+    if asked.view.grant.folder is not None:
+        return None
     return f"<d:quota-used-bytes>{asked.used}</d:quota-used-bytes>" if row[_FOLDER] else None
 
 
@@ -192,7 +220,7 @@ _NAMED_ONLY: dict[str, Render] = {
     _D + "quota-available-bytes": _quota,
     _D + "quota-used-bytes": _used,
     _D + "lastmodified": lambda row, _, __: f"<d:lastmodified>{row[_MTIME] // 1000}</d:lastmodified>",
-    _D + "current-user-privilege-set": lambda _, asked, __: _TRASH_RIGHTS if asked.trash else _ALL_RIGHTS,
+    _D + "current-user-privilege-set": _rights,
     _D + "supported-report-set": lambda *_: "<d:supported-report-set/>",
     _OC + "checksums": _checksums,
     _OC + "fileid": lambda row, _, __: f"<oc:fileid>{row[_ID]}</oc:fileid>",
@@ -287,6 +315,8 @@ class _Folder:
 def _folder(view: tree.View, place: tree.Place, href: str) -> _Folder:
     """The folder at a place, which exists."""
     node, grant, names = place.chain[-1], view.grant, view.settings
+    if grant.folder is not None:
+        return _Folder(node.id, href)
     common = ((grant.common_id, names.common_name),)
     if place.two_folders:
         two = ((grant.trash_id, names.trash_name), (grant.root_id, tree.nfc(grant.name)))
@@ -363,25 +393,36 @@ class _Walk:
         return _entry(href, _named(row, name), self._asked, self._renderers, held, dead)
 
     def page(self, tx: Read) -> str:
-        """The next entries: about 200, or fewer at the end."""
+        """The next entries: about 200 or a mebibyte, or fewer at the end."""
         if self._locks:
             self._asked.locks = locks.by_node(tx, self._asked.view.grant.drive_id, self._asked.now)
         pieces: list[str] = []
-        while self._stack and len(pieces) < _PAGE:
-            self._take(tx, self._stack[-1], pieces)
+        size = 0
+        while self._stack and len(pieces) < _PAGE and size < _PAGE_BYTES:
+            size += self._take(tx, self._stack[-1], pieces)
         return "".join(pieces)
 
-    def _take(self, tx: Read, folder: _Folder, pieces: list[str]) -> None:
-        """One page of one folder; folders inside are put on the stack when the whole tree is asked."""
+    def _take(self, tx: Read, folder: _Folder, pieces: list[str]) -> int:
+        """One page of one folder, and its size in characters; folders inside are put on the stack when the
+        whole tree is asked."""
         asked, inner = self._asked, list[_Folder]()
         asked.trash = folder.trash
         if not folder.after:
             inner += self._fixed(tx, folder, pieces)
         span = {"parent": folder.id, "after": folder.after, "most": _PAGE}
         rows = tx.fast(self._members, span) if folder.listed else []
-        dead = self._dead_of(tx, {**span, "last": rows[-1][_NAME]}) if self._dead and rows else {}
+        whole = len(rows) < _PAGE
+        dead: dict[int, dict[str, str]] = {}
+        if self._dead and rows:
+            count, dead = self._dead_of(tx, span, rows)
+            whole = whole and count == len(rows)
+            rows = rows[:count]
+        size = 0
         for row in rows:
-            name = row[_NAME]
+            if size > _PAGE_BYTES:
+                whole = False
+                break
+            name = folder.after = row[_NAME]
             if name in folder.hidden:
                 continue
             href = folder.href + _quoted(name)
@@ -394,11 +435,11 @@ class _Walk:
                     below = tuple(lock for lock in held if lock.infinite)
                     inner.append(_Folder(row[_ID], href, below, trash=folder.trash))
             pieces.append(_entry(href, row, asked, self._renderers, held, dead.get(row[_ID])))
-        if len(rows) < _PAGE:
+            size += len(pieces[-1])
+        if whole:
             self._stack.pop()
-        else:
-            folder.after = rows[-1][_NAME]
         self._stack += inner
+        return size
 
     def _fixed(self, tx: Read, folder: _Folder, pieces: list[str]) -> list[_Folder]:
         """The drive's own folders inside one; returns those whose members are asked for."""
@@ -417,11 +458,24 @@ class _Walk:
         asked.trash = folder.trash
         return found if asked.infinite else []
 
-    def _dead_of(self, tx: Read, span: dict[str, object]) -> dict[int, dict[str, str]]:
+    def _dead_of(
+        self, tx: Read, span: dict[str, object], rows: list[Row]
+    ) -> tuple[int, dict[int, dict[str, str]]]:
+        """How many of the rows have dead properties that fit into a page, and these; at least one row."""
+        span = {**span, "last": rows[-1][_NAME]}
+        sizes = {name: int(size) for name, size in tx.fast(_DEAD_SIZES, span)}
+        if not sizes:
+            return len(rows), {}
+        count = size = 0
+        for row in rows:
+            size += sizes.get(row[_NAME], 0)
+            if count and size > _PAGE_BYTES:
+                break
+            count += 1
         found: dict[int, dict[str, str]] = {}
-        for node_id, name, text in tx.fast(_DEAD_OF_MEMBERS, span):
+        for node_id, name, text in tx.fast(_DEAD_OF_MEMBERS, {**span, "last": rows[count - 1][_NAME]}):
             found.setdefault(node_id, {})[name] = text
-        return found
+        return count, found
 
 
 # -- PROPFIND -------------------------------------------------------------------------------------

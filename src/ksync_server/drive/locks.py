@@ -164,6 +164,11 @@ def _of_drive(tx: Read, drive_id: int, now: int) -> list[Lock]:
 # -- rules ----------------------------------------------------------------------------------------
 
 
+def seen(view: tree.View, href: Href) -> Href:
+    """How the root of a lock is written for a view, which may see less of the drive than who took it."""
+    return lambda root: href(view.seen_root(root))
+
+
 def states(found: Sequence[Lock], href: Href) -> tuple[LockState, ...]:
     """Locks as webdav.py decides about them."""
     return tuple(LockState(lock.token, href(lock.root), lock.account_id, lock.exclusive) for lock in found)

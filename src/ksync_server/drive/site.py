@@ -151,7 +151,8 @@ class Site:
         """Ask the gate, anew in every transaction, and choose what the program is shown."""
         drive_id: int = request.context["drive_id"]
         grant = self._gate.authorize(tx, identity, DriveTarget(drive_id), request.method)
-        return tree.View(grant, self._settings.drive, shows_folders(self._settings.drive, request))
+        folders = grant.folder is None and shows_folders(self._settings.drive, request)
+        return tree.View(grant, self._settings.drive, folders)
 
     # -- OPTIONS, REPORT --------------------------------------------------------------------------
 
@@ -356,10 +357,13 @@ class Site:
             )
             return node, bool(place.missing), conditions.etag(tx, view, node)
 
-        with self._transfers.counted(view.grant.account_id):
-            node, created, etag = await self._transfers.upload(
-                request.body, limit=limit, digests=digests, publish=publish
-            )
+        node, created, etag = await self._transfers.upload(
+            request.body,
+            account_id=view.grant.account_id,
+            limit=limit,
+            digests=digests,
+            publish=publish,
+        )
         head = [
             (b"etag", grammar.quote_etag(etag).encode()),
             (b"oc-etag", grammar.quote_etag(etag).encode()),

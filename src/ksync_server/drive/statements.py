@@ -195,3 +195,12 @@ EXPIRED = (
 SET_ENTRIES = sa.update(t.node).where(_N.id == _P("id_")).values(entries=_P("entries"))
 LAST_NAME = sa.select(_N.name).where(_N.parent_id == _P("id_")).order_by(_N.name.desc()).limit(1)
 DRIVE_COLLECTION = sa.select(t.drive.c.collection_id).where(t.drive.c.id == _P("id_"))
+# What a member, or a former one, has of its own in drives: its folder and its deleted items.
+ROOTS_OF = (
+    sa.select(_N.id, _N.drive_id)
+    .where(_N.parent_id.is_(None), sa.or_(_N.name == _P("root"), _N.name == _P("trash")))
+    .order_by(_N.id)
+)
+DROP_MEMBER = sa.delete(t.drive_member).where(
+    t.drive_member.c.drive_id == _P("drive_id"), t.drive_member.c.account_id == _P("account_id")
+)

@@ -15,8 +15,8 @@ import mimetypes
 import re
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from ksync_server import settings as configuration
@@ -59,6 +59,8 @@ _TYPES = {**mimetypes.MimeTypes().types_map[True], **_MORE_TYPES}
 _OCTETS = "application/octet-stream"
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(?:\s*;[\x20-\x7e]*)?")
 _LONGEST_TYPE = 255
+_RELIEF_S = 0.1  # between two looks at who holds memory, while somebody waits for it
+_ROOM_S = 45.0  # less than clients wait for an answer, more than one object takes
 _ACTIVE = re.compile(
     r"(?i)text/html|application/xhtml|image/svg|[^;]*[/+]xml|[^;]*(?:java|ecma)script|text/xsl"
 )
@@ -221,6 +223,7 @@ class Transfers:
         self._blobs = blobs
         self._pool = ThreadPoolExecutor(max(settings.server.threads, 4), thread_name_prefix="transfer")
         self._active: Counter[int] = Counter()
+        self._uploads: set[_Upload] = set()
         self._publishing: set[asyncio.Task[object]] = set()
 
     def close(self) -> None:
@@ -264,12 +267,20 @@ class Transfers:
     # -- uploads ----------------------------------------------------------------------------------
 
     async def upload(
-        self, body: Body, *, limit: int, digests: dict[str, bytes], publish: Callable[[Write, StagedBlob], T]
+        self,
+        body: Body,
+        *,
+        account_id: int,
+        limit: int,
+        digests: dict[str, bytes],
+        publish: Callable[[Write, StagedBlob], T],
     ) -> T:
         """Write a body where nobody sees it, then publish it in one transaction.
 
         Args:
             body: read to its end, in pieces of 1 B to 256 KiB.
+            account_id: whose transfer it is. Content that stays in memory is none: a program may put a
+                thousand small files at once.
             limit: largest size in bytes; checked while reading, since a chunked body declares none.
             digests: what the content's digests must be, see `declared_digests`.
             publish: makes it visible; runs inside the transaction, may run more than once.
@@ -282,19 +293,66 @@ class Transfers:
             ClientGone: the peer closed early.
             BadRequest: a digest differs.
             ClientError: whatever `publish` raised.
-            InsufficientStorage, Unavailable: disk or database failed.
+            InsufficientStorage, Unavailable: disk or database failed, or the account has as many transfers as
+                it may; the latter before a byte is read where a length is declared.
             In each case nothing of the attempt is visible and what was there before is untouched.
 
         Spec: RFC 9110 §9.3.4. Cost: one pass; memory of a few pieces, whatever the size.
         """
-        upload = _Upload(self, self._blobs.stage(limit), limit, _Checks(digests))
-        staged = await upload.receive(body)
+        with contextlib.ExitStack() as place:
+
+            def begin() -> None:
+                place.enter_context(self.counted(account_id))
+
+            upload = _Upload(self, self._blobs.stage(limit), limit, _Checks(digests), begin)
+            if body.length is not None and body.length > self._blobs.settings.inline_bytes:
+                upload.begin_transfer()
+            self._uploads.add(upload)
+            staged = await upload.receive(body)
+            return await self._published(upload, staged, publish)
+
+    async def _published(
+        self, upload: _Upload, staged: StagedBlob, publish: Callable[[Write, StagedBlob], T]
+    ) -> T:
         # From here on the attempt ends as a whole: a client that goes away must not erase what a commit
         # that already runs is about to name.
         task = asyncio.create_task(self._publish(upload, staged, publish))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
         return await asyncio.shield(task)
+
+    async def _room(self) -> None:
+        """Wait until the store's memory takes more: S3 objects are sent from memory, files use none.
+
+        Raises:
+            Unavailable: the store did not take enough in time.
+        """
+        memory = self._blobs.extents.memory
+        if memory.free:
+            return
+        line = asyncio.create_task(memory.room(_ROOM_S))
+        try:
+            while not line.done():
+                self._relieve()
+                await asyncio.wait([line], timeout=_RELIEF_S)
+        finally:
+            line.cancel()
+        if not line.result():
+            raise Unavailable("Too many uploads at once.", headers=[(b"retry-after", b"10")])
+
+    def _relieve(self) -> None:
+        """Let extents leave before they are whole, the largest first.
+
+        A slow client may hold an unfinished one for as long as it likes, and others would wait for it. Only
+        as many as keep the store busy.
+        """
+        memory = self._blobs.extents.memory
+        leaving = memory.leaving + sum(each.cutting for each in self._uploads)
+        idle = sorted((each for each in self._uploads if each.idle), key=lambda each: each.held)
+        while memory.full and idle and leaving < memory.most // 4:
+            chosen = idle.pop()
+            leaving += chosen.held
+            chosen.cut()
 
     async def _publish(
         self, upload: _Upload, staged: StagedBlob, publish: Callable[[Write, StagedBlob], T]
@@ -319,21 +377,28 @@ class Transfers:
     # -- downloads --------------------------------------------------------------------------------
 
     async def pieces(self, content: Content, start: int, end: int) -> AsyncIterator[bytes]:
-        """Bytes `start` to `end` (exclusive), the next piece being read while one is sent.
+        """Bytes `start` to `end` (exclusive).
 
-        Cost: two pieces of memory; a thread only while the disk is read.
+        Cost: one piece of memory, and what the transport still holds of it; a thread only while the disk is
+        read. Nothing is read ahead: what the kernel still has to send covers a read, and each of 200 clients
+        that take nothing would hold a piece more.
         """
         if content.content is not None:
             yield content.content[start:end]
             return
         source = self._blobs.read(content, start, end, self._drive.chunk_bytes)
-        ahead = self._pool.submit(next, source, None)
+        reading: Future[bytes | None] | None = None
         try:
-            while (piece := await asyncio.wrap_future(ahead)) is not None:
-                ahead = self._pool.submit(next, source, None)
+            while True:
+                reading = self._pool.submit(next, source, None)
+                piece = await asyncio.wrap_future(reading)
+                if piece is None:
+                    break
                 yield piece
+                del piece
         finally:
-            ahead.add_done_callback(lambda _: _close(source))
+            if reading is not None:
+                reading.add_done_callback(lambda _: _close(source))
 
 
 def _close(source: Iterator[bytes]) -> None:
@@ -345,14 +410,28 @@ def _close(source: Iterator[bytes]) -> None:
 class _Upload:
     """A body on its way into a stage."""
 
-    def __init__(self, transfers: Transfers, stage: Stage, limit: int, checks: _Checks) -> None:
+    def __init__(
+        self, transfers: Transfers, stage: Stage, limit: int, checks: _Checks, begin: Callable[[], None]
+    ) -> None:
         self._transfers = transfers
         self._stage = stage
         self._limit = limit
         self._checks = checks
+        self._begin: Callable[[], None] | None = begin  # None once it is counted as a transfer
         self._handed_over = False
         self._writing: asyncio.Future[Any] | None = None
+        self.cutting = 0  # bytes of an extent that is about to leave
         self._beating: asyncio.Task[None] | None = None
+
+    def begin_transfer(self) -> None:
+        """Count it, once.
+
+        Raises:
+            Unavailable: see `Transfers.check`.
+        """
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
 
     async def receive(self, body: Body) -> StagedBlob:
         """Stage the whole body, or leave nothing."""
@@ -378,6 +457,7 @@ class _Upload:
             if not batch and not self._handed_over and stage.fits_in_memory(piece):
                 self._write(piece)
                 continue
+            self.begin_transfer()
             batch.append(piece)
             size += len(piece)
             if size >= most:
@@ -394,16 +474,52 @@ class _Upload:
         await self._written()
         self._handed_over = True
         piece = batch[0] if len(batch) == 1 else b"".join(batch)
+        await self._transfers._room()
+        await self._sent(self._stage.pending(len(piece)))
+        await self._written()  # `_room` of another upload may have cut this one while it waited
         loop = asyncio.get_running_loop()
         self._writing = loop.run_in_executor(self._transfers._pool, self._write, piece)
         if self._beating is None:
             self._beating = asyncio.create_task(self._beat())
 
+    @staticmethod
+    async def _sent(flushing: Iterable[Future[None]]) -> None:
+        """Wait for extents on their way without a thread; how they ended comes out of the stage."""
+        waited = [asyncio.wrap_future(each) for each in flushing]
+        for each in waited:
+            each.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if waited:
+            await asyncio.wait(waited)  # unlike gather, it cancels nothing when it is cancelled itself
+
+    @property
+    def held(self) -> int:
+        """Bytes of the extent that is being filled."""
+        return self._stage.in_extent
+
+    @property
+    def idle(self) -> bool:
+        """Whether it holds a part of an extent while no thread is at it."""
+        return self.held > 0 and (self._writing is None or self._writing.done())
+
+    def cut(self) -> None:
+        """End the extent being filled. Only while `idle`."""
+        before = self._writing
+        if before is not None and before.exception() is not None:
+            return  # its own task will find that and leave
+        self.cutting = self.held
+        loop = asyncio.get_running_loop()
+        self._writing = loop.run_in_executor(self._transfers._pool, self._stage.cut)
+        self._writing.add_done_callback(self._was_cut)
+
+    def _was_cut(self, _: object) -> None:
+        self.cutting = 0
+
     async def _written(self) -> None:
         """Wait for the batch being written; an error of it comes out here."""
-        if self._writing is not None:
-            await asyncio.shield(self._writing)
-            self._writing = None
+        while (writing := self._writing) is not None:
+            await asyncio.shield(writing)
+            if self._writing is writing:
+                self._writing = None
 
     async def _beat(self) -> None:
         """Keep the lease while the client is slow: a written piece renews it too, but it may not come."""
@@ -413,12 +529,16 @@ class _Upload:
                 await self._transfers._run(self._stage.beat)
 
     async def _finish(self) -> StagedBlob:
+        self._transfers._uploads.discard(self)
         await self._written()
         await self._stop_beating()
         if not self._handed_over:
             return self._stage.finish()
-        finishing = asyncio.get_running_loop().run_in_executor(self._transfers._pool, self._stage.finish)
-        self._writing = finishing
+        loop, pool = asyncio.get_running_loop(), self._transfers._pool
+        await self._sent(self._stage.pending(self._transfers._blobs.extents.extent_bytes))
+        cutting = self._writing = loop.run_in_executor(pool, self._stage.cut)
+        await self._sent(await asyncio.shield(cutting))
+        finishing = self._writing = loop.run_in_executor(pool, self._stage.finish)
         return await asyncio.shield(finishing)
 
     async def _stop_beating(self) -> None:
@@ -429,6 +549,7 @@ class _Upload:
 
     async def abort(self) -> None:
         """Leave nothing; waits for the piece being written first."""
+        self._transfers._uploads.discard(self)
         await self._stop_beating()
         if self._writing is not None:
             await asyncio.wait([self._writing])

@@ -1,155 +1,43 @@
 """Bytes: immutable content, staged where nobody sees it and published by one transaction.
 
-Small content is a row. Larger content is cut into extents with random names on an `ExtentStore`: written
-under a temporary name, flushed, renamed, the folder flushed; then one transaction makes it visible. COPY
-shares a blob by counting references. Whatever dies on the way leaves extents that no row names: the reaper
-erases them.
+Small content is a row. Larger content is cut into extents with random names on an `ExtentStore`, durable one
+by one; then one transaction makes it visible. COPY shares a blob by counting references. Whatever dies on the
+way leaves extents that no row names: the reaper erases them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
 import hashlib
-import os
+import logging
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
 import sqlalchemy as sa
 
 from ksync_server import settings as configuration
 from ksync_server.errors import BodyTooLarge, InsufficientStorage, Unavailable
+from ksync_server.store import holds
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Write
+from ksync_server.store.extents import ExtentStore, ExtentWriter, LocalExtents, Stored
+from ksync_server.store.s3 import S3Extents
 
-_STAGE_ID = 16  # hex digits; the first part of every extent's key, so that the reaper can ask for it
-_PARALLEL_FLUSHES = 2  # extents of one upload being flushed while the next one is received
+log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-# -- extents --------------------------------------------------------------------------------------
-
-
-class ExtentWriter(Protocol):
-    """One extent being written; invisible until `finish`."""
-
-    def write(self, piece: bytes) -> None:
-        """Append bytes."""
-
-    def finish(self) -> None:
-        """Make it durable under its key; may block for a disk flush."""
-
-    def abort(self) -> None:
-        """Leave nothing behind."""
-
-
-class ExtentStore(Protocol):
-    """Where extents live: local files, later S3 objects."""
-
-    def create(self, key: str) -> ExtentWriter:
-        """Begin an extent."""
-
-    def read(self, key: str, start: int, end: int, piece: int) -> Iterator[bytes]:
-        """Bytes `start` to `end` (exclusive) in pieces of at most `piece` bytes.
-
-        Raises:
-            FileNotFoundError: no such extent.
-        """
-
-    def erase(self, key: str) -> None:
-        """Delete an extent; nothing happens when it is not there."""
-
-    def list_older(self, seconds: float) -> Iterable[str]:
-        """Keys last written more than `seconds` ago, half-written extents included."""
-
-
-class LocalExtents:
-    """Extents as files in a two-level folder tree, flushed before they count."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def _path(self, key: str) -> Path:
-        return self._root / key[:2] / key[2:4] / key
-
-    def create(self, key: str) -> ExtentWriter:
-        """Begin an extent under a temporary name."""
-        return _LocalWriter(self._path(key))
-
-    def read(self, key: str, start: int, end: int, piece: int) -> Iterator[bytes]:
-        """Stream a part of one file."""
-        with open(self._path(key), "rb", buffering=0) as file:
-            file.seek(start)
-            left = end - start
-            while left > 0:
-                got = file.read(min(piece, left))
-                if not got:
-                    raise EOFError(key)
-                left -= len(got)
-                yield got
-
-    def erase(self, key: str) -> None:
-        """Unlink the file, and what an interrupted write left."""
-        self._path(key).unlink(missing_ok=True)
-        self._path(key).with_suffix(".part").unlink(missing_ok=True)
-
-    def list_older(self, seconds: float) -> Iterable[str]:
-        """Walk the tree."""
-        limit = time.time() - seconds
-        for path in self._root.glob("??/??/*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime <= limit:
-                    yield path.stem
-
-
-class _LocalWriter:
-    def __init__(self, path: Path) -> None:
-        self._final = path
-        self._part = path.with_suffix(".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._part, "xb", buffering=0)  # noqa: SIM115 - lives across calls
-        except OSError as error:
-            raise _disk(error) from error
-
-    def write(self, piece: bytes) -> None:
-        view = memoryview(piece)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError as error:
-            raise _disk(error) from error
-
-    def finish(self) -> None:
-        try:
-            os.fdatasync(self._file.fileno())
-            self._file.close()
-            os.rename(self._part, self._final)
-            # The two folders above may be new: flush the names up to the root.
-            for folder in (self._final.parent, self._final.parent.parent, self._final.parent.parent.parent):
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-        except OSError as error:
-            raise _disk(error) from error
-
-    def abort(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._part.unlink(missing_ok=True)
-        self._final.unlink(missing_ok=True)
-
-
-def _disk(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InsufficientStorage("The server's disk is full.")
-    return Unavailable("The server's disk does not answer.", headers=[(b"retry-after", b"10")])
+STAGE_ID = 16  # hex digits; the first part of every extent's key, so that the reaper can ask for it
+_MANY = 8  # extents of one blob from which one statement for all is cheaper than one for each
+_WAITING = 4  # threads for the content of calendars and contacts that is no row
+_LOOK = 500  # keys looked up at once
+REAP, REAP_ORPHANS = "blobs.reap", "blobs.reap-orphans"
+"""The kinds of job that erase: a restore waits for those at work."""
 
 
 # -- staging --------------------------------------------------------------------------------------
@@ -172,6 +60,7 @@ class StagedBlob:
 class Content:
     """A blob's bytes, readable without a transaction: its extents outlive the longest download."""
 
+    id: int
     size: int
     sha1: bytes
     sha256: bytes
@@ -212,7 +101,7 @@ class Stage:
 
         Raises:
             BodyTooLarge: more than the limit; call `abort`.
-            InsufficientStorage, Unavailable: the disk failed; call `abort`.
+            InsufficientStorage, Unavailable: the store failed; call `abort`.
         """
         self.size += len(piece)
         if self.size > self._limit:
@@ -229,7 +118,7 @@ class Stage:
 
     def _begin(self) -> None:
         """Leave memory: from here on a row with a lease protects the extents from the reaper."""
-        self._id = secrets.token_hex(_STAGE_ID // 2)
+        self._id = secrets.token_hex(STAGE_ID // 2)
         self._blobs.open_stage(self._id)
         self._beat_at = time.monotonic()
         small, self._small = self._small or [], None
@@ -238,7 +127,7 @@ class Stage:
 
     def _spill(self, piece: bytes) -> None:
         view = memoryview(piece)
-        extent_bytes = self._blobs.settings.extent_bytes
+        extent_bytes = self._blobs.extents.extent_bytes
         while view:
             if self._writer is None:
                 key = f"{self._id}{secrets.token_hex(8)}"
@@ -249,9 +138,19 @@ class Stage:
             self._in_extent += len(part)
             view = view[len(part) :]
             if self._in_extent == extent_bytes:
-                self._close_extent()
+                self.cut()
         if time.monotonic() - self._beat_at > self._blobs.settings.stage_lease_s / 4:
             self.beat()
+
+    @property
+    def in_extent(self) -> int:
+        """Bytes in the extent that is being filled."""
+        return self._in_extent
+
+    def pending(self, size: int) -> list[Future[None]]:
+        """What `write` of so many bytes would wait for; who must not block a thread awaits it first."""
+        cuts = self._in_extent + size >= self._blobs.extents.extent_bytes
+        return list(self._flushing) if cuts else []
 
     def beat(self) -> None:
         """Renew the lease; slow uploads call it while they wait for the client."""
@@ -259,23 +158,27 @@ class Stage:
             self._blobs.renew_stage(self._id)
             self._beat_at = time.monotonic()
 
-    def _close_extent(self) -> None:
-        assert self._writer is not None
-        self._extents[-1] = (self._extents[-1][0], self._in_extent)
-        while len(self._flushing) >= _PARALLEL_FLUSHES:
-            self._flushing.pop(0).result()
-        self._flushing.append(self._blobs.flusher.submit(self._writer.finish))
-        self._writer = None
-        self._in_extent = 0
+    def cut(self) -> list[Future[None]]:
+        """End the extent being filled and begin to make it durable; returns what is on its way.
+
+        Extents may end anywhere, so this is right at any time between two writes.
+        """
+        if self._writer is not None:
+            self._extents[-1] = (self._extents[-1][0], self._in_extent)
+            while len(self._flushing) >= self._blobs.extents.flushes:
+                self._flushing.pop(0).result()
+            self._flushing.append(self._blobs.flusher.submit(self._writer.finish))
+            self._writer = None
+            self._in_extent = 0
+        return list(self._flushing)
 
     def finish(self) -> StagedBlob:
         """Make everything durable.
 
         Raises:
-            InsufficientStorage, Unavailable: the disk failed; call `abort`.
+            InsufficientStorage, Unavailable: the store failed; call `abort`.
         """
-        if self._writer is not None:
-            self._close_extent()
+        self.cut()
         while self._flushing:
             self._flushing.pop(0).result()
         content = None if self._small is None else b"".join(self._small)
@@ -290,15 +193,16 @@ class Stage:
         )
 
     def abort(self) -> None:
-        """Forget the upload; what is on disk is erased now, or by the reaper if that fails."""
+        """Forget the upload; what is on the store is erased now, or by the reaper if that fails."""
         for future in self._flushing:
             with contextlib.suppress(Unavailable, InsufficientStorage):
                 future.result()
         if self._writer is not None:
-            self._writer.abort()
+            with contextlib.suppress(OSError):  # a disk that has turned read-only
+                self._writer.abort()
             self._writer = None
-        for key, _ in self._extents:
-            self._blobs.extents.erase(key)
+        with contextlib.suppress(Unavailable, InsufficientStorage):
+            self._blobs.extents.erase(key for key, _ in self._extents)
         if self._id is not None:
             self._blobs.close_stage(self._id)
             self._id = None
@@ -338,6 +242,7 @@ _NEW_EXTENT = sa.insert(t.extent).values(
     key=sa.bindparam("key"),
     size=sa.bindparam("size"),
 )
+_NEW_EXTENTS = sa.insert(t.extent)
 _END_STAGE = (
     sa.delete(t.stage)
     .where(t.stage.c.id == sa.bindparam("id_"), t.stage.c.lease_until > sa.bindparam("now"))
@@ -365,15 +270,36 @@ _BLOB = sa.select(t.blob.c.size, t.blob.c.sha1, t.blob.c.sha256, t.blob.c.md5, t
     t.blob.c.id == sa.bindparam("id_")
 )
 _DROP_BLOB = sa.delete(t.blob).where(t.blob.c.id == sa.bindparam("id_"))
-_NEW_GARBAGE = sa.insert(t.garbage).values(key=sa.bindparam("key"), since=sa.bindparam("since"))
+_EXTENTS_TO_GARBAGE = sa.insert(t.garbage).from_select(
+    ["key", "since"],
+    sa.select(t.extent.c.key, sa.bindparam("since", type_=t.Time)).where(
+        t.extent.c.blob_id == sa.bindparam("id_")
+    ),
+)
 _OLD_GARBAGE = (
     sa.select(t.garbage.c.key).where(t.garbage.c.since < sa.bindparam("before")).limit(sa.bindparam("most"))
 )
 _DROP_GARBAGE = sa.delete(t.garbage).where(t.garbage.c.key == sa.bindparam("key"))
-_KNOWN_EXTENT = sa.select(t.extent.c.key).where(t.extent.c.key == sa.bindparam("key"))
-_KNOWN_GARBAGE = sa.select(t.garbage.c.key).where(t.garbage.c.key == sa.bindparam("key"))
+_DAMAGED = (
+    sa.update(t.blob)
+    .where(t.blob.c.id == sa.bindparam("id_"), t.blob.c.damaged_at.is_(None))
+    .values(damaged_at=sa.bindparam("now"))
+    .returning(t.blob.c.id)
+)
 _DEAD_STAGES = sa.delete(t.stage).where(t.stage.c.lease_until < sa.bindparam("now"))
-_KNOWN_STAGE = sa.select(t.stage.c.id).where(t.stage.c.id == sa.bindparam("id_"))
+
+
+_page = (
+    sa.select(t.blob.c.id, t.blob.c.size, t.blob.c.damaged_at)
+    .where(t.blob.c.id > sa.bindparam("after"))
+    .order_by(t.blob.c.id)
+    .limit(1000)
+    .subquery()
+)
+_TOTALS = sa.select(
+    sa.func.count(), sa.func.max(_page.c.id), sa.func.sum(_page.c.size), sa.func.count(_page.c.damaged_at)
+).select_from(_page)
+_GARBAGE = sa.select(sa.func.count()).select_from(t.garbage)
 
 
 def publish(tx: Write, staged: StagedBlob) -> int:
@@ -400,8 +326,15 @@ def publish(tx: Write, staged: StagedBlob) -> int:
         },
     )
     assert row is not None
-    for position, (key, size) in enumerate(staged.extents):
-        tx.fast(_NEW_EXTENT, {"blob_id": row[0], "position": position, "key": key, "size": size})
+    extents = [
+        {"blob_id": row[0], "position": position, "key": key, "size": size}
+        for position, (key, size) in enumerate(staged.extents)
+    ]
+    if len(extents) > _MANY:
+        tx.execute(_NEW_EXTENTS, extents)
+    else:
+        for extent in extents:
+            tx.fast(_NEW_EXTENT, extent)
     return int(row[0])
 
 
@@ -416,8 +349,7 @@ def release(tx: Write, blob_id: int, by: int = 1) -> None:
     if row is None or row[0] > 0:
         return
     now = int(time.time())
-    for key, _ in tx.fast(_EXTENTS, {"id_": blob_id}):
-        tx.fast(_NEW_GARBAGE, {"key": key, "since": now})
+    tx.fast(_EXTENTS_TO_GARBAGE, {"id_": blob_id, "since": now})
     tx.fast(_DROP_BLOB, {"id_": blob_id})
 
 
@@ -426,14 +358,36 @@ def content(tx: Read, blob_id: int) -> Content:
     row = tx.one(_BLOB, {"id_": blob_id})
     assert row is not None, "a blob that rows reference exists"
     size, sha1, sha256, md5, small = row
-    extents = (
-        ()
-        if small is not None
-        else tuple((key, length) for key, length in tx.fast(_EXTENTS, {"id_": blob_id}))
-    )
-    return Content(
-        size, bytes(sha1), bytes(sha256), bytes(md5), None if small is None else bytes(small), extents
-    )
+    if small is not None:
+        return Content(blob_id, size, bytes(sha1), bytes(sha256), bytes(md5), bytes(small), ())
+    extents = tuple((key, length) for key, length in tx.fast(_EXTENTS, {"id_": blob_id}))
+    return Content(blob_id, size, bytes(sha1), bytes(sha256), bytes(md5), None, extents)
+
+
+def named(tx: Read, keys: list[str]) -> set[str]:
+    """Those of the keys that a living upload, a blob or the garbage names; the others nobody will ever name.
+
+    In one snapshot: publishing takes the upload's row away and names the extent in the same transaction, and
+    an upload has its row before its first extent.
+    """
+    found: set[str] = set()
+    stages = {key[:STAGE_ID] for key in keys}
+    living = {row[0] for row in tx.execute(sa.select(t.stage.c.id).where(t.stage.c.id.in_(stages)))}
+    found.update(key for key in keys if key[:STAGE_ID] in living)
+    for table in (t.extent, t.garbage):
+        found.update(row[0] for row in tx.execute(sa.select(table.c.key).where(table.c.key.in_(keys))))
+    return found
+
+
+def open_extents(settings: configuration.Settings) -> ExtentStore:
+    """The store that the settings name: S3 where there is a bucket, else local files.
+
+    Raises:
+        ConfigError: S3 without obstore, or credentials that cannot be read; no request is made yet.
+    """
+    if settings.s3.bucket:
+        return S3Extents(settings.s3)
+    return LocalExtents(settings.blobs.path, settings.blobs.extent_bytes)
 
 
 class Blobs:
@@ -443,13 +397,19 @@ class Blobs:
         self, settings: configuration.Blobs, database: Database, extents: ExtentStore | None = None
     ) -> None:
         self.settings = settings
-        self.extents: ExtentStore = extents or LocalExtents(settings.path)
-        self.flusher = ThreadPoolExecutor(4, thread_name_prefix="flush")
-        self._database = database
+        self.extents: ExtentStore = extents or LocalExtents(settings.path, settings.extent_bytes)
+        self.flusher = ThreadPoolExecutor(self.extents.threads, thread_name_prefix="flush")
+        self._pool = ThreadPoolExecutor(_WAITING, thread_name_prefix="bytes")
+        self.database = database
 
     def close(self) -> None:
-        """End the flushing threads."""
+        """End the threads."""
+        self._pool.shutdown(wait=True)
         self.flusher.shutdown(wait=True)
+
+    async def pooled(self, fn: Callable[..., T], *arguments: object) -> T:
+        """Run what waits for the store in threads of its own: when it is away, the database's stay free."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, fn, *arguments)
 
     def stage(self, limit: int) -> Stage:
         """Begin an upload of at most `limit` bytes; nothing happens until bytes come."""
@@ -459,19 +419,22 @@ class Blobs:
         """Protect an upload's extents by a lease."""
         now = int(time.time())
         until = now + int(self.settings.stage_lease_s)
-        self._database.write(lambda tx: tx.fast(_NEW_STAGE, {"id_": stage_id, "until": until, "now": now}))
+        self.database.write(lambda tx: tx.fast(_NEW_STAGE, {"id_": stage_id, "until": until, "now": now}))
 
     def renew_stage(self, stage_id: str) -> None:
         """Extend the lease."""
         until = int(time.time() + self.settings.stage_lease_s)
-        self._database.write(lambda tx: tx.fast(_RENEW_STAGE, {"id_": stage_id, "until": until}))
+        self.database.write(lambda tx: tx.fast(_RENEW_STAGE, {"id_": stage_id, "until": until}))
 
     def close_stage(self, stage_id: str) -> None:
         """Give the lease up."""
-        self._database.write(lambda tx: tx.fast(_DROP_STAGE, {"id_": stage_id}))
+        self.database.write(lambda tx: tx.fast(_DROP_STAGE, {"id_": stage_id}))
 
     def read(self, blob: Content, start: int, end: int, piece: int) -> Iterator[bytes]:
         """Bytes `start` to `end` (exclusive) of a blob in pieces of at most `piece` bytes; blocking.
+
+        Raises:
+            Unavailable: the store does not answer; or bytes are missing, and the blob is marked as damaged.
 
         Cost: one extent is open at a time, one piece in memory.
         """
@@ -483,35 +446,123 @@ class Blobs:
         for key, size in blob.extents:
             low, high = max(start - offset, 0), min(end - offset, size)
             if low < high:
-                yield from self.extents.read(key, low, high, piece)
+                try:
+                    yield from self.extents.read(key, low, high, piece)
+                except (FileNotFoundError, EOFError) as error:
+                    self.mark_damaged(blob.id, f"extent {key} is missing or too short")
+                    raise Unavailable(
+                        "A part of this content is lost; the operator has been told.",
+                        headers=[(b"retry-after", b"3600")],
+                    ) from error
             offset += size
+
+    def mark_damaged(self, blob_id: int, why: str) -> bool:
+        """Note that a blob's bytes are wrong; returns whether that is news (one that is gone is none)."""
+        now = int(time.time())
+        news = self.database.write(lambda tx: tx.one(_DAMAGED, {"id_": blob_id, "now": now})) is not None
+        if news:
+            log.error("blob damaged", extra={"blob": blob_id, "reason": why})
+        return news
+
+    def totals(self) -> tuple[int, int, int, int]:
+        """Number of blobs, their bytes, how many are damaged, and extents that wait to be erased.
+
+        Cost: every blob's row once, by pages.
+        """
+        blobs = size = damaged = 0
+        after = 0
+        while True:
+            count, last, bytes_, bad = self.database.fast(_TOTALS, {"after": after})[0]
+            if not count:
+                return blobs, size, damaged, int(self.database.fast(_GARBAGE)[0][0])
+            blobs, size, damaged, after = blobs + count, size + int(bytes_), damaged + int(bad), last
+
+    # -- reaping ----------------------------------------------------------------------------------
 
     def reap(self, *, most: int = 1000) -> int:
         """Erase extents that no row names any more; returns how many.
 
         An extent goes when it was released more than `reap_after_s` ago, or was written that long ago while
-        neither a blob nor a living stage names it. Safe at any time, in any number of processes.
-        """
-        now = int(time.time())
-        self._database.write(lambda tx: tx.fast(_DEAD_STAGES, {"now": now}))
-        before = now - int(self.settings.reap_after_s)
-        keys = [key for (key,) in self._database.fast(_OLD_GARBAGE, {"before": before, "most": most})]
-        for key in keys:
-            self.extents.erase(key)
-            self._database.write(lambda tx, key=key: tx.fast(_DROP_GARBAGE, {"key": key}))  # type: ignore[misc]
-        return len(keys) + self._reap_orphans(most - len(keys))
+        neither a blob nor a living stage names it. Safe at any time, in any number of processes. While a
+        backup or a restore holds the extents, nothing goes.
 
-    def _reap_orphans(self, most: int) -> int:
+        Raises:
+            Unavailable: the store does not answer; the next run goes on.
+        """
+        erased = self.reap_garbage(most)
+        return erased + self.reap_orphans(most - erased)
+
+    def reap_garbage(self, most: int) -> int:
+        """Erase at most so many extents that were released `reap_after_s` ago, and end dead uploads.
+
+        Raises:
+            Unavailable: the store does not answer.
+        """
+        if holds.is_held(self.database):
+            return 0
+        now = int(time.time())
+        self.database.write(lambda tx: tx.fast(_DEAD_STAGES, {"now": now}))
+        before = now - int(self.settings.reap_after_s)
+        keys = [key for (key,) in self.database.fast(_OLD_GARBAGE, {"before": before, "most": most})]
+        for low in range(0, len(keys), _LOOK):
+            if holds.is_held(self.database):
+                return low
+            page = self._unused(keys[low : low + _LOOK])
+            self.extents.erase(page)
+
+            def forget(tx: Write, page: list[str] = page) -> None:
+                for key in page:
+                    tx.fast(_DROP_GARBAGE, {"key": key})
+
+            self.database.write(forget)
+        return len(keys)
+
+    def _unused(self, keys: list[str]) -> list[str]:
+        """Without those that a blob names though the garbage does too: that fault must not cost the bytes."""
+        with self.database.read() as tx:
+            rows = tx.execute(sa.select(t.extent.c.key).where(t.extent.c.key.in_(keys)))
+            used = {row[0] for row in rows}
+        return [key for key in keys if key not in used]
+
+    def reap_orphans(self, most: int) -> int:
+        """Erase at most so many extents that were written `reap_after_s` ago and that nobody names.
+
+        Raises:
+            Unavailable: the store does not answer.
+
+        Cost: a listing of the whole store.
+        """
         erased = 0
-        for key in self.extents.list_older(self.settings.reap_after_s):
+        for page in pages(self.old_extents()):
             if erased >= most:
                 break
-            # In this order: publishing takes the stage's row away and names the extent in one transaction.
-            named = any(
-                self._database.fast(statement, {"key": key, "id_": key[:_STAGE_ID]})
-                for statement in (_KNOWN_STAGE, _KNOWN_EXTENT, _KNOWN_GARBAGE)
-            )
-            if not named:
-                self.extents.erase(key)
-                erased += 1
+            orphans = self.orphans(page)[: most - erased]
+            if holds.is_held(self.database):
+                break
+            self.extents.erase(orphans)
+            erased += len(orphans)
         return erased
+
+    def old_extents(self) -> Iterator[Stored]:
+        """What is on the store since `reap_after_s`."""
+        before = time.time() - self.settings.reap_after_s
+        return (each for each in self.extents.list_stored() if each.written_at <= before)
+
+    def orphans(self, listed: list[Stored]) -> list[str]:
+        """The keys among them that nobody names."""
+        keys = [each.key for each in listed]
+        with self.database.read() as tx:
+            known = named(tx, keys)
+        return [key for key in keys if key not in known]
+
+
+def pages(stored: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """The same in lists that one query can ask for."""
+    page: list[Stored] = []
+    for each in stored:
+        page.append(each)
+        if len(page) == _LOOK:
+            yield page
+            page = []
+    if page:
+        yield page

@@ -4,6 +4,10 @@
   lock that every process of the machine shares (command line included). Readers never wait.
 - PostgreSQL: one transaction per write, tried again after a serialisation failure or deadlock.
 
+A restore replaces every row in one transaction and changes the store's generation. Each transaction reads
+the generation it belongs to, none is remembered: after `begin_request`, a request whose transactions would
+belong to two generations is refused and tries again, in whatever process or node it runs.
+
 Statements are Core expressions built once at module level; `fast` runs them on the raw cursor. Values come
 back as the driver gives them: a Boolean is 0/1 on SQLite, True/False on PostgreSQL; use it for truth only.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import fcntl
 import os
 import queue
@@ -35,7 +40,11 @@ Parameters = Mapping[str, Any]
 
 _RETRIED = frozenset({"40001", "40P01"})  # serialization_failure, deadlock_detected
 _RETRIES = 8
-_GENERATION: sa.Select[tuple[str]] = sa.select(sa.literal_column("generation")).select_from(sa.table("store"))
+_GENERATION = "SELECT generation FROM store"
+# PostgreSQL: one round trip. The table lock is what a restore takes for itself alone: it waits for the writes
+# under way, and those that come meanwhile are told so at once.
+_BEGIN_READ = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_GENERATION}"
+_BEGIN_WRITE = f"BEGIN; LOCK TABLE store IN ROW EXCLUSIVE MODE NOWAIT; {_GENERATION}"
 # libpq: a server that is gone without a word (a cut cable) would hold a thread for hours. The URL may differ.
 _PATIENCE = {
     "connect_timeout": 10,  # seconds
@@ -45,6 +54,39 @@ _PATIENCE = {
     "tcp_user_timeout": 30_000,  # milliseconds
 }
 _GROUP_S = 0.02  # a group takes no further write after this, so that an idle writer waits little
+
+
+class _Seen:
+    """The one generation of the store that a request lives in; None until its first transaction."""
+
+    __slots__ = ("generation",)
+
+    def __init__(self) -> None:
+        self.generation: str | None = None
+
+    def check(self, generation: str) -> None:
+        """Refuse what belongs to another generation.
+
+        Raises:
+            Unavailable: the store was restored since the request began.
+        """
+        if self.generation is None:
+            self.generation = generation
+        elif self.generation != generation:
+            raise being_restored()
+
+
+_seen: contextvars.ContextVar[_Seen | None] = contextvars.ContextVar("seen", default=None)
+
+
+def begin_request() -> None:
+    """From here on all transactions of this task, and of what it runs in the pool, are of one generation."""
+    _seen.set(_Seen())
+
+
+def being_restored() -> Unavailable:
+    """What a client is told while a backup takes the place of what it read."""
+    return Unavailable("A backup is being restored.", headers=[(b"retry-after", b"5")])
 
 
 class _Text(NamedTuple):
@@ -58,10 +100,11 @@ class _Text(NamedTuple):
 class Read:
     """One snapshot of the rows, for one thread and not longer than the `with` or call it came from."""
 
-    __slots__ = ("_cursor", "_database", "connection")
+    __slots__ = ("_cursor", "_database", "_generation", "connection")
 
-    def __init__(self, database: Database, connection: Connection) -> None:
+    def __init__(self, database: Database, connection: Connection, generation: str | None = None) -> None:
         self._database = database
+        self._generation = generation
         self.connection = connection
         self._cursor = connection.connection.cursor()
 
@@ -93,8 +136,15 @@ class Read:
 
     @property
     def generation(self) -> str:
-        """The store's generation, part of every ETag and sync token."""
-        return self._database.generation
+        """The store's generation in this snapshot, part of every ETag and sync token.
+
+        Cost: 3 us on SQLite at its first use, nothing on PostgreSQL.
+        """
+        if self._generation is None:
+            row = self._cursor.execute(_GENERATION).fetchone()
+            assert row is not None, "a migrated store has one row"
+            self._generation = str(row[0])
+        return self._generation
 
     @property
     def dialect(self) -> str:
@@ -126,7 +176,6 @@ class Database:
             raise ConfigError(f"database.url: {self.dialect} is not supported")
         self._texts: dict[sa.Executable, _Text] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rows")
-        self._generation = ""
         if self.dialect == "sqlite":
             if not url.database:
                 raise ConfigError("database.url: a file is needed")
@@ -148,13 +197,12 @@ class Database:
         self._failures = (
             sa.exc.OperationalError,
             sa.exc.InterfaceError,
+            sa.exc.InternalError,  # a standby that only reads
             driver.OperationalError,
             driver.InterfaceError,
+            driver.InternalError,
         )
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._snapshot = self._engine.execution_options(
-            isolation_level="REPEATABLE READ", postgresql_readonly=True
-        )
         self._local = threading.local()
         self._all_held: list[Connection] = []
 
@@ -175,13 +223,25 @@ class Database:
         """The settings it was opened with."""
         return self._settings
 
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[Connection]:
+        """A connection outside any transaction, which needs no table to be there.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        with self._translated(), self._autocommit.connect() as connection:
+            yield connection
+
     @property
     def generation(self) -> str:
-        """The store's generation; read once, a restore happens while no process serves."""
-        if not self._generation:
-            # Asked for inside transactions too, so it must not begin one.
-            self._generation = str(self.fast(_GENERATION)[0][0])
-        return self._generation
+        """The store's generation at this moment; inside a transaction ask that one.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        with self.read() as tx:
+            return tx.generation
 
     def close(self) -> None:
         """End the threads and connections of this process; queued writes are finished first."""
@@ -227,12 +287,30 @@ class Database:
             with self._translated():
                 raw.execute("BEGIN")
                 try:
-                    yield Read(self, connection)
+                    tx = Read(self, connection)
+                    if (seen := _seen.get()) is not None:
+                        seen.check(tx.generation)
+                    yield tx
                 finally:
                     raw.execute("ROLLBACK")
         else:
-            with self._translated(), self._snapshot.connect() as connection:
-                yield Read(self, connection)
+            with self._translated(), self._transaction(_BEGIN_READ) as (connection, generation):
+                yield Read(self, connection, generation)
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[tuple[Connection, str]]:
+        """PostgreSQL: a transaction that belongs to one generation; commits where the block ends well."""
+        with self._autocommit.connect() as connection:
+            raw: Any = connection.connection.dbapi_connection
+            # Several statements cannot be prepared, and psycopg prepares what comes often.
+            cursor = raw.execute(begin, prepare=False)
+            while cursor.nextset():
+                pass
+            generation = str(cursor.fetchone()[0])
+            if (seen := _seen.get()) is not None:
+                seen.check(generation)
+            yield connection, generation
+            raw.execute("COMMIT")  # without it the pool rolls back what it gets
 
     def fast(self, statement: sa.Executable, parameters: Parameters | None = None) -> list[Row]:
         """Rows of a single statement outside any transaction: the cheapest read there is."""
@@ -265,11 +343,12 @@ class Database:
             with self.read() as tx:
                 return fn(tx)
 
-        return await asyncio.get_running_loop().run_in_executor(self._pool, run)
+        return await self.pooled(run)
 
     async def pooled(self, fn: Callable[..., T], *arguments: Any) -> T:
         """Run blocking work that is no transaction (hashing, an engine) in the same bounded pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, fn, *arguments)
+        run = contextvars.copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(self._pool, run, fn, *arguments)
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -277,7 +356,7 @@ class Database:
         """Queue a write; the future is done once it is durable or has failed without a trace."""
         if self._writer:
             return self._writer.submit(fn)
-        return self._pool.submit(self._postgresql_write, fn)
+        return self._pool.submit(contextvars.copy_context().run, self._postgresql_write, fn)
 
     def write(self, fn: Callable[[Write], T]) -> T:
         """Run `fn` in a transaction and wait until it is durable.
@@ -287,7 +366,7 @@ class Database:
 
         Raises:
             InsufficientStorage: the disk is full; nothing of the group was kept.
-            Unavailable: the database does not answer or the queue is too slow.
+            Unavailable: the database does not answer, only reads, or was restored since the request began.
         """
         if self._writer:
             return self._writer.submit(fn).result()
@@ -300,8 +379,8 @@ class Database:
     def _postgresql_write(self, fn: Callable[[Write], T]) -> T:
         for attempt in range(_RETRIES):
             try:
-                with self._translated(), self._engine.begin() as connection:
-                    return fn(Write(self, connection))
+                with self._translated(), self._transaction(_BEGIN_WRITE) as (connection, generation):
+                    return fn(Write(self, connection, generation))
             except Exception as error:  # the driver's or SQLAlchemy's form of the same failure
                 state = getattr(getattr(error, "orig", error), "sqlstate", None)
                 if state not in _RETRIED or attempt == _RETRIES - 1:
@@ -332,7 +411,9 @@ def _failure(error: BaseException | None) -> Exception:
     if code == sqlite3.SQLITE_CANTOPEN or getattr(error, "sqlstate", "") is None:
         return Unavailable("The database does not answer.", headers=[(b"retry-after", b"10")])
     state = getattr(error, "sqlstate", None)
-    if state and state[:2] in ("08", "57", "53"):
+    if state == "55P03":  # lock_not_available: see _BEGIN_WRITE
+        return being_restored()
+    if state and (state[:2] in ("08", "57", "53") or state == "25006"):  # 25006: a standby only reads
         return Unavailable("The database does not answer.", headers=[(b"retry-after", b"10")])
     return error if isinstance(error, Exception) else Unavailable("The database does not answer.")
 
@@ -373,14 +454,78 @@ def _sqlite_engine(path: str, settings: configuration.Database) -> Engine:
 
 
 @contextlib.contextmanager
-def file_lock(path: str) -> Iterator[None]:
-    """The lock that all writing processes share, opened anew: descriptors must not be inherited."""
+def file_lock(path: str, *, patient: bool = True) -> Iterator[None]:
+    """The lock that all writing processes share, opened anew: descriptors must not be inherited.
+
+    Raises:
+        Unavailable: a restore has it, and the caller is not `patient`.
+    """
     descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not patient and _is_switching(path):
+                raise being_restored() from None
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_switching(path: str) -> bool:
+    """Whether a restore has or waits for the file lock; one that was killed has let go of its mark."""
+    try:
+        descriptor = os.open(path + ".switch", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextlib.contextmanager
+def closed_to_writers(database: Database) -> Iterator[Connection]:
+    """A transaction for a restore: it begins when no write is under way, and those that come are refused.
+
+    On SQLite it is a snapshot under the file lock, for a look and then a copy of pages over the same
+    connection; on PostgreSQL it commits where the block ends well.
+
+    Raises:
+        Unavailable: the database does not answer.
+    """
+    if database.dialect == "sqlite":
+        mark = os.open(database.path + ".switch", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX)
+            with file_lock(database.path), database.connected() as connection:
+                connection.exec_driver_sql("BEGIN")
+                yield connection
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            os.close(mark)
+    else:
+        with database.connected() as connection:
+            connection.exec_driver_sql("BEGIN")
+            connection.exec_driver_sql("LOCK TABLE store IN EXCLUSIVE MODE")
+            yield connection
+            connection.exec_driver_sql("COMMIT")
+
+
+# The disk fails, not one write: nobody of the group may be told that it worked.
+_OF_ALL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+
+
+class _Member(NamedTuple):
+    """A queued write."""
+
+    fn: Callable[[Write], Any]
+    future: Future[Any]
+    seen: _Seen | None  # of the request it belongs to
 
 
 class _SqliteWriter:
@@ -392,9 +537,7 @@ class _SqliteWriter:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._queue: queue.SimpleQueue[tuple[Callable[[Write], Any], Future[Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[_Member | None] = queue.SimpleQueue()
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -407,7 +550,7 @@ class _SqliteWriter:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
                 self._thread.start()
-            self._queue.put((fn, future))
+            self._queue.put(_Member(fn, future, _seen.get()))
         return future
 
     def close(self) -> None:
@@ -426,32 +569,32 @@ class _SqliteWriter:
                     isolation_level="AUTOCOMMIT"
                 )
             except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-                first[1].set_exception(_failure(getattr(error, "orig", error)))
+                first.future.set_exception(_failure(getattr(error, "orig", error)))
                 continue
             self._group(connection, first)
         if connection:
             connection.close()
 
-    def _group(self, connection: Connection, first: tuple[Callable[[Write], Any], Future[Any]]) -> None:
+    def _group(self, connection: Connection, first: _Member) -> None:
         raw = connection.connection.dbapi_connection
         assert isinstance(raw, sqlite3.Connection)
         taken: list[Future[Any]] = []
         outcomes: list[tuple[Any, BaseException | None]] = []
         try:
-            with file_lock(self._database.path):
+            with file_lock(self._database.path, patient=False):
                 raw.execute("BEGIN IMMEDIATE")
                 tx = Write(self._database, connection)
-                for fn, future in self._members(first):
-                    if future.set_running_or_notify_cancel():
-                        taken.append(future)
-                        outcomes.append(self._run_one(raw, tx, fn))
+                for member in self._members(first):
+                    if member.future.set_running_or_notify_cancel():
+                        taken.append(member.future)
+                        outcomes.append(self._run_one(raw, tx, member))
                 raw.execute("COMMIT")
         except BaseException as error:  # the group is lost: nobody in it may be told that it worked
             with contextlib.suppress(sqlite3.Error):
                 if raw.in_transaction:
                     raw.execute("ROLLBACK")
-            if not taken and first[1].set_running_or_notify_cancel():
-                taken.append(first[1])
+            if not taken and first.future.set_running_or_notify_cancel():
+                taken.append(first.future)
             failure = _failure(getattr(error, "orig", error))
             if not isinstance(failure, ClientError):
                 failure = Unavailable("The database does not answer.", headers=[(b"retry-after", b"10")])
@@ -465,9 +608,7 @@ class _SqliteWriter:
             else:
                 future.set_exception(problem)
 
-    def _members(
-        self, first: tuple[Callable[[Write], Any], Future[Any]]
-    ) -> Iterator[tuple[Callable[[Write], Any], Future[Any]]]:
+    def _members(self, first: _Member) -> Iterator[_Member]:
         yield first
         until = time.monotonic() + _GROUP_S
         for _ in range(self._database.settings.group_writes - 1):
@@ -483,16 +624,16 @@ class _SqliteWriter:
             yield member
 
     @staticmethod
-    def _run_one(
-        raw: sqlite3.Connection, tx: Write, fn: Callable[[Write], Any]
-    ) -> tuple[Any, BaseException | None]:
+    def _run_one(raw: sqlite3.Connection, tx: Write, member: _Member) -> tuple[Any, BaseException | None]:
         raw.execute("SAVEPOINT one")
         try:
-            result = fn(tx)
+            if member.seen is not None:
+                member.seen.check(tx.generation)
+            result = member.fn(tx)
         except BaseException as error:  # handed to whoever waits for this write, whatever it is
             original = getattr(error, "orig", error)
             code = getattr(original, "sqlite_errorcode", 0) & 0xFF
-            if not raw.in_transaction or code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            if not raw.in_transaction or code in _OF_ALL:
                 raise
             raw.execute("ROLLBACK TO one")
             raw.execute("RELEASE one")

@@ -46,8 +46,8 @@ def current(database: Database) -> int:
     Raises:
         ConfigError: see `migrate`.
     """
-    with database.read() as tx:
-        return check_supported(tx.connection)
+    with database.connected() as connection:
+        return check_supported(connection)
 
 
 def require_current(database: Database) -> None:

@@ -60,7 +60,7 @@ account = _table(
     sa.Column("display_name", sa.Text, nullable=False),
     sa.Column("password_hash", sa.Text),  # argon2id; NULL = no password log-in
     sa.Column("auth_epoch", sa.BigInteger, nullable=False, default=1),  # raised by every change below it
-    sa.Column("state", sa.Text, nullable=False, default="active"),  # active, suspended, deleted
+    sa.Column("state", sa.Text, nullable=False, default="active"),  # active, suspended, deleted, erasing
     sa.Column("second_factor", sa.Boolean, nullable=False, default=False),  # one is active: 2FA is on
     sa.Column("recovery_email", sa.Text),
     sa.Column("recovery_mobile", sa.Text),
@@ -123,6 +123,8 @@ app_password = _table(
     sa.Column("last_address", sa.Text),
     sa.Column("last_client", sa.Text),
     sa.Index(None, "account_id"),
+    sa.Index(None, "drive_id"),  # so that erasing a drive or a node does not read the whole table
+    sa.Index(None, "folder_id"),
 )
 
 product = _table(
@@ -130,24 +132,36 @@ product = _table(
     sa.Column("id", Id, primary_key=True),
     _ref("organization_id", "organization.id"),
     sa.Column("offer", sa.Text, nullable=False),  # id or alias of config/offers.toml; unknown fails closed
-    sa.Column("seats", sa.Integer, nullable=False, default=1),  # paid for; a kSuite's only grow (OFF4)
+    sa.Column(
+        "ksuite", sa.Boolean, nullable=False, default=False
+    ),  # goes up only, one per organization (OFF4)
+    sa.Column("seats", sa.Integer),  # users it may have; NULL = not counted
     sa.Column("storage_bytes", sa.BigInteger),  # NULL = the offer's
     sa.Column("paid", sa.Boolean, nullable=False, default=True),
     sa.Column("trial_until", Time),  # NULL = no trial
     sa.Column("created_at", Time, nullable=False),
     sa.Index(None, "organization_id"),
+    sa.Index(
+        "ix_product_one_ksuite",
+        "organization_id",
+        unique=True,
+        sqlite_where=sa.text("ksuite"),
+        postgresql_where=sa.text("ksuite"),
+    ),
 )
 
 # Failed log-ins of one account and network, one account, or one network (APP8); see `auth.throttle`.
 throttle = _table(
     "throttle",
-    sa.Column("key", sa.Text, primary_key=True),  # kind, account name's hash, network
+    sa.Column("key", sa.Text, primary_key=True),  # keyed hash: a name, a network, or a name at a network
     sa.Column("failures", sa.Integer, nullable=False),  # distinct wrong secrets since `since`
     sa.Column("since", Time, nullable=False),
-    sa.Column("strikes", sa.Integer, nullable=False, default=0),  # how often it was blocked lately
-    sa.Column("blocked_until", Time, nullable=False, default=0),
-    sa.Column("seen", sa.LargeBinary, nullable=False, default=b""),  # keyed hashes of the wrong secrets
-    sa.Index(None, "since"),
+    sa.Column("strikes", sa.Integer, nullable=False),  # how often it was blocked lately
+    sa.Column("blocked_until", Time, nullable=False),
+    sa.Column("trusted_until", Time, nullable=False),  # the name logged in well from this network
+    sa.Column("kept_until", Time, nullable=False),  # then the row says nothing any more
+    sa.Column("seen", sa.LargeBinary, nullable=False),  # keyed hashes of the wrong secrets, newest last
+    sa.Index(None, "kept_until"),
 )
 
 audit = _table(
@@ -159,6 +173,7 @@ audit = _table(
     sa.Column("action", sa.Text, nullable=False),  # e.g. app-password.create
     sa.Column("subject", sa.Text, nullable=False),
     sa.Column("detail", sa.Text, nullable=False, default="{}"),  # JSON, never a secret
+    sa.Index(None, "subject", "id"),
 )
 
 # --- collections and objects ---------------------------------------------------------------------
@@ -367,14 +382,17 @@ job = _table(
     sa.Column("checkpoint", sa.Text),  # JSON: where a run that was cut goes on
     sa.Column("last_error", sa.Text),
     sa.Column("priority", sa.Integer, nullable=False, default=0),  # higher first
-    sa.Column("concurrency", sa.Text),  # at most so many jobs of this key run at once; NULL = no bound
+    sa.Column("concurrency", sa.Text),  # of the jobs with this key `at_most` run at once; NULL = no bound
+    sa.Column("at_most", sa.Integer, nullable=False, default=1),
     sa.Column("progress", sa.Text),  # JSON for people: what is done of how much
     _ref("account_id", "account.id", nullable=True),  # whose job it is; NULL = the server's
     sa.Column("cancel_asked", sa.Boolean, nullable=False, default=False),
     sa.Column("worker", sa.Text),  # host and process that has the lease
     sa.Column("created_at", Time, nullable=False, default=0),
     sa.Column("ended_at", Time),
-    sa.Index(None, "state", "run_at"),
+    sa.Index(None, "state", "run_at"),  # is anything due
+    sa.Index(None, "state", "priority", "run_at"),  # what is next
     sa.Index(None, "concurrency", "state"),
     sa.Index(None, "account_id"),
+    sa.Index(None, "ended_at"),
 )

@@ -433,19 +433,30 @@ def expand(
     Dates stay dates and floating times floating. Without VTIMEZONE and recurrence properties.
 
     Raises:
-        TooManySteps: nothing is returned; `known` holds the components made so far.
+        TooManySteps: too many steps, instances or bytes; nothing is returned; `known` holds the components
+            made so far.
 
     Spec: RFC 4791 §9.6.5.
     Cost: as `occurrences`, and one copy of the properties per instance.
     """
     made: list[Component] = []
+    sizes = {id(component): _size(component) for component in obj.components}
+    size = 0
     try:
         for occurrence in occurrences(obj, start, end, zone=zone, budget=budget):
+            size += sizes[id(occurrence.component)]
+            if size > budget.max_bytes:
+                raise TooManySteps(occurrence.start)
             made.append(_instance(occurrence, obj, zone))
     except TooManySteps as error:
         raise TooManySteps(error.complete_until, tuple(made)) from None
     calendar = obj.calendar
     return Component(calendar.name, calendar.properties, tuple(made))
+
+
+def _size(component: Component) -> int:
+    """Some bytes more or less than the text of one instance."""
+    return sum(len(prop.raw) + 2 for each in component.walk() for prop in each.properties)
 
 
 def _instance(occurrence: Occurrence, obj: CalendarObject, zone: tzinfo) -> Component:

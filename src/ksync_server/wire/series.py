@@ -47,6 +47,7 @@ class Budget:
 
     max_steps: int = 80_000  # loop steps at some 1 µs, also those that yield nothing
     max_instances: int = 20_000  # instances given
+    max_bytes: int = 64 * 1024 * 1024  # text of the instances that `expand` makes
 
 
 class TooManySteps(ValueError):

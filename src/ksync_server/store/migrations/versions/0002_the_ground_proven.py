@@ -37,6 +37,8 @@ def _door() -> None:
         batch.create_foreign_key(
             op.f("fk_app_password_folder_id"), "node", ["folder_id"], ["id"], ondelete="CASCADE"
         )
+        batch.create_index(op.f("ix_app_password_drive_id"), ["drive_id"])
+        batch.create_index(op.f("ix_app_password_folder_id"), ["folder_id"])
     op.create_table(
         "throttle",
         sa.Column("key", sa.Text(), nullable=False),
@@ -44,18 +46,34 @@ def _door() -> None:
         sa.Column("since", sa.BigInteger(), nullable=False),
         sa.Column("strikes", sa.Integer(), nullable=False),
         sa.Column("blocked_until", sa.BigInteger(), nullable=False),
+        sa.Column("trusted_until", sa.BigInteger(), nullable=False),
+        sa.Column("kept_until", sa.BigInteger(), nullable=False),
         sa.Column("seen", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("key", name=op.f("pk_throttle")),
     )
-    op.create_index(op.f("ix_throttle_since"), "throttle", ["since"])
+    op.create_index(op.f("ix_throttle_kept_until"), "throttle", ["kept_until"])
 
 
 def _products() -> None:
     with op.batch_alter_table("product") as batch:
-        batch.add_column(sa.Column("seats", sa.Integer(), nullable=False, server_default="1"))
+        batch.add_column(sa.Column("ksuite", sa.Boolean(), nullable=False, server_default=sa.false()))
+        batch.add_column(sa.Column("seats", sa.Integer(), nullable=True))
         batch.add_column(sa.Column("storage_bytes", sa.BigInteger(), nullable=True))
         batch.add_column(sa.Column("paid", sa.Boolean(), nullable=False, server_default=sa.true()))
         batch.add_column(sa.Column("trial_until", sa.BigInteger(), nullable=True))
+    op.execute(
+        "UPDATE product SET ksuite = TRUE WHERE id IN"
+        " (SELECT min(id) FROM product WHERE offer LIKE 'ksuite-%' GROUP BY organization_id)"
+    )
+    op.create_index(
+        "ix_product_one_ksuite",
+        "product",
+        ["organization_id"],
+        unique=True,
+        sqlite_where=sa.text("ksuite"),
+        postgresql_where=sa.text("ksuite"),
+    )
+    op.create_index(op.f("ix_audit_subject_id"), "audit", ["subject", "id"])
 
 
 def _bytes() -> None:
@@ -69,6 +87,7 @@ def _jobs() -> None:
     with op.batch_alter_table("job", table_kwargs=_ids) as batch:
         batch.add_column(sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
         batch.add_column(sa.Column("concurrency", sa.Text(), nullable=True))
+        batch.add_column(sa.Column("at_most", sa.Integer(), nullable=False, server_default="1"))
         batch.add_column(sa.Column("progress", sa.Text(), nullable=True))
         batch.add_column(sa.Column("account_id", _id, nullable=True))
         batch.add_column(sa.Column("cancel_asked", sa.Boolean(), nullable=False, server_default=sa.false()))
@@ -78,5 +97,7 @@ def _jobs() -> None:
         batch.create_foreign_key(
             op.f("fk_job_account_id"), "account", ["account_id"], ["id"], ondelete="CASCADE"
         )
+        batch.create_index(op.f("ix_job_state_priority_run_at"), ["state", "priority", "run_at"])
         batch.create_index(op.f("ix_job_concurrency_state"), ["concurrency", "state"])
         batch.create_index(op.f("ix_job_account_id"), ["account_id"])
+        batch.create_index(op.f("ix_job_ended_at"), ["ended_at"])

@@ -1,0 +1,145 @@
+"""A demo server that is killed and started again on the same address and data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from conformance.servers import Demo, demo
+
+END_TIMEOUT_S = 60  # what a worker without a supervisor may take to finish its requests
+EXTENT_BYTES = 1 << 20  # small, so that uploads of some MiB have several
+VICTIMS = ("web", "jobs", "supervisor", "group")
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = END_TIMEOUT_S) -> float:
+    """Wait for another process; returns how long it took.
+
+    Raises:
+        TimeoutError: it never happened.
+    """
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > seconds:
+            raise TimeoutError(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def free_ports() -> int:
+    """A port that is free together with the next one (the admin address of the demo)."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def is_web(pid: int) -> bool:
+    """Whether a worker serves HTTP: only those have an event loop."""
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(entry) == "anon_inode:[eventpoll]":
+                    return True
+    return False
+
+
+class Server:
+    """One installation; `running` changes with every start."""
+
+    def __init__(self, data: Path, settings: Sequence[str] = ()) -> None:
+        self.data = data
+        self._settings = [f"blobs.extent_bytes={EXTENT_BYTES}", "drive.transfers=400", *settings]
+        self._port = free_ports()
+        self._stack = contextlib.ExitStack()
+        self.running: Demo = self._start()
+
+    def _start(self) -> Demo:
+        return self._stack.enter_context(demo(self.data, settings=self._settings, port=self._port))
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def stop(self) -> int:
+        """End it politely; returns the exit status."""
+        self._stack.close()
+        return int(self.running.process.returncode)
+
+    def start(self) -> None:
+        """Start it again where it was."""
+        self.running = self._start()
+
+    @property
+    def pid(self) -> int:
+        """The supervisor."""
+        return self.running.process.pid
+
+    def workers(self) -> set[int]:
+        """The processes below the supervisor."""
+        listed = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return {int(pid) for pid in listed.split()}
+
+    def web_workers(self) -> set[int]:
+        """Those that serve HTTP."""
+        return {pid for pid in self.workers() if is_web(pid)}
+
+    def kill(self, victim: str, choose: Callable[[list[int]], int]) -> str:
+        """SIGKILL to a `web` or the `jobs` worker, the `supervisor` alone, or the whole `group`.
+
+        Where the supervisor died the server is started again once all of it has ended.
+
+        Returns:
+            What was done, for the report.
+        """
+        workers = self.workers()
+        web = {pid for pid in workers if is_web(pid)}
+        if victim in ("web", "jobs"):
+            pid = choose(sorted(web if victim == "web" else workers - web))
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not lives(pid), "a killed worker ends")
+            wait_until(lambda: len(self.workers()) == len(workers), "another worker takes its place")
+            return f"{victim} worker"
+        if victim == "group":
+            self.crash()
+            self.start()
+            return victim
+        os.kill(self.pid, signal.SIGKILL)
+        self.running.process.wait(END_TIMEOUT_S)
+        took = wait_until(lambda: not any(lives(pid) for pid in workers), "workers follow their supervisor")
+        self._stack.close()
+        self.start()
+        return f"{victim} (all ended after {took:.1f} s)"
+
+    def crash(self) -> None:
+        """SIGKILL to all of it, and wait for its end; `start` begins anew."""
+        workers = self.workers()
+        os.killpg(self.pid, signal.SIGKILL)
+        self.running.process.wait(END_TIMEOUT_S)
+        wait_until(lambda: not any(lives(pid) for pid in workers), "all of it ends")
+        self._stack.close()
+
+    def errors(self) -> list[str]:
+        """What the server logged as its own faults."""
+        text = self.running.log.read_text(errors="replace")
+        return [line for line in text.splitlines() if "Traceback" in line or " fault" in line]
