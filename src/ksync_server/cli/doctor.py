@@ -162,11 +162,11 @@ def check_bucket(settings: Settings, _: Outside) -> Iterator[Finding]:
     """S3 lets us write, read, list and erase under our prefix."""
     if not settings.s3.bucket:
         return
-    from ksync_server.worker import check_store
+    from ksync_server.store.blobs import open_extents
 
     what = f"bucket {settings.s3.bucket}"
     try:
-        check_store(settings)
+        open_extents(settings).check()
     except ConfigError as error:
         advice = "Look at [s3]: bucket, endpoint, region and credentials."
         yield Finding(what, PROBLEM, str(error), advice)
