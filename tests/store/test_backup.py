@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from conformance.servers import S3
 from ksync_server import settings
 from ksync_server.errors import ConfigError, Forbidden, InsufficientStorage, KsyncError, Unavailable
 from ksync_server.store import backup, blobs, bundle, changes, holds, schema
@@ -231,58 +232,34 @@ def test_extents_are_linked_or_copied_where_links_are_impossible(
     assert store.contents() == before
 
 
-class Objects:
-    """Extents that are no files, as on S3."""
+def test_objects_are_copied_into_the_backup_and_out_of_it(
+    sqlite_url: str, tmp_path: Path, s3_server: S3
+) -> None:
+    store, folder = Store(sqlite_url, tmp_path / "store"), tmp_path / "backup"
+    given = s3_server.settings(s3_server.create(), tmp_path)
+    remote = settings.Settings(blobs=store.settings, s3=settings.S3(**given, extent_bytes=_EXTENT))  # type: ignore[arg-type]
+    store.blobs.close()
+    objects = blobs.open_extents(remote)
+    store.blobs = blobs.Blobs(store.settings, store.database, objects)
 
-    def __init__(self) -> None:
-        self.kept: dict[str, bytes] = {}
+    def kept() -> dict[str, bytes]:
+        listed = [each.key for each in objects.list_stored()]
+        return {key: b"".join(objects.read(key, 0, objects.size(key) or 0, 1000)) for key in listed}
 
-    def create(self, key: str) -> Objects._Writer:
-        return Objects._Writer(self.kept, key)
-
-    class _Writer:
-        def __init__(self, kept: dict[str, bytes], key: str) -> None:
-            self._kept, self._key, self._content = kept, key, b""
-
-        def write(self, piece: bytes) -> None:
-            self._content += piece
-
-        def finish(self) -> None:
-            self._kept[self._key] = self._content
-
-        def abort(self) -> None:
-            self._kept.pop(self._key, None)
-
-    def read(self, key: str, start: int, end: int, piece: int) -> Iterator[bytes]:
-        if key not in self.kept:
-            raise FileNotFoundError(key)
-        for at in range(start, end, piece):
-            yield self.kept[key][at : min(at + piece, end)]
-
-    def erase(self, key: str) -> None:
-        self.kept.pop(key, None)
-
-    def list_older(self, seconds: float) -> list[str]:
-        return list(self.kept)
-
-
-def test_objects_are_copied_into_the_backup_and_out_of_it(sqlite_url: str, tmp_path: Path) -> None:
-    store, folder, objects = Store(sqlite_url, tmp_path / "store"), tmp_path / "backup", Objects()
-    store.blobs.extents = objects
     store.fill()
-    before, kept = store.contents(), dict(objects.kept)
+    before, bytes_before = store.contents(), kept()
     made = store.back_up(folder)
-    assert (made.copied, made.linked, len(kept)) == (4, 0, 4)
+    assert (made.copied, made.linked, len(bytes_before)) == (4, 0, 4)
     store.remove("large")
-    lost = sorted(kept)[0]
-    objects.erase(lost)
+    lost = sorted(bytes_before)[0]
+    objects.erase([lost])
     assert store.restore(folder, force=True).extents_added == 1
-    assert (store.contents(), objects.kept) == (before, kept)
+    assert (store.contents(), kept()) == (before, bytes_before)
     listed = store.back_up(tmp_path / "listed", with_bytes=False)
     assert not list((tmp_path / "listed").glob("extents/*"))
     store.restore(tmp_path / "listed", force=True)
     assert store.contents() == before
-    objects.erase(lost)
+    objects.erase([lost])
     assert len(listed.state.manifest.counts) > 10
     with pytest.raises(ConfigError, match="missing or wrong"):
         store.restore(tmp_path / "listed", force=True)
@@ -469,7 +446,15 @@ def test_locks_stages_and_claims_of_the_past_are_gone_and_the_audit_log_goes_on(
     store.insert(t.audit, at=1, actor="operator", action="before", subject="s")
     store.back_up(folder)
     store.insert(t.audit, at=2, actor="operator", action="after", subject="s")
-    store.insert(t.throttle, key="k", failures=3, since=1)
+    counted = {
+        "failures": 3,
+        "since": 1,
+        "strikes": 0,
+        "blocked_until": 0,
+        "trusted_until": 0,
+        "kept_until": 9,
+    }
+    store.insert(t.throttle, key="k", seen=b"", **counted)
     store.restore(folder, force=True)
     assert store.rows(t.stage) == []
     assert store.database.fast(sa.select(t.job.c.state, t.job.c.fence, t.job.c.lease_until)) == [
