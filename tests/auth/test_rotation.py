@@ -265,6 +265,7 @@ def test_an_older_file_moves_nothing_back(door: Door, tmp_path: Path) -> None:
     for each in (gate, door.gate, gate):
         assert enter(each, secret) == account.id
         each.flush()
+    gate.close()
     assert set(counts(door)) == {name}
     assert rotation.reseal(door.database, other) == 0
 
@@ -290,6 +291,7 @@ def test_a_machine_whose_file_lacks_the_set_refuses_and_says_so(
             rotation.require_sets(tx, behind)
     with caplog.at_level(logging.WARNING), pytest.raises(NotAuthenticated):
         enter(gate, secret)
+    gate.close()
     assert f"no key set {name}" in str([vars(each) for each in caplog.records])
     typed, at = code(made.secret, 0)
     with pytest.raises(ConfigError, match=f"no key set '{name}': copy the file"):

@@ -336,3 +336,21 @@ def test_a_server_that_falls_silent_is_given_up_after_a_while_that_the_url_may_s
     database.close()
     assert (found["connect_timeout"], found["tcp_user_timeout"]) == ("3", "30000")
     assert int(found["keepalives_idle"]) < 60
+
+
+def test_a_closed_database_opens_no_connection_for_whoever_still_asks(database_url: str) -> None:
+    database = Database(settings.Database(url=database_url), threads=1)
+    assert database.generation
+    database.close()
+    found: list[BaseException] = []
+
+    def ask() -> None:  # in a thread that has no connection yet
+        try:
+            database.fast(sa.select(t.store.c.id))
+        except Unavailable as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(30)
+    assert [error.text for error in found] == ["The server is stopping."]  # type: ignore[attr-defined]

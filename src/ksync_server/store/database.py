@@ -205,6 +205,13 @@ class Database:
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._local = threading.local()
         self._all_held: list[Connection] = []
+        self._closed = False
+        sa.event.listen(self._engine, "do_connect", self._before_connecting)
+
+    def _before_connecting(self, *_: object) -> None:
+        """A thread that outlives `close` must not open what nobody would close any more."""
+        if self._closed:
+            raise Unavailable("The server is stopping.", headers=[(b"retry-after", b"5")])
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -248,6 +255,7 @@ class Database:
         if self._writer:
             self._writer.close()
         self._pool.shutdown(wait=True)
+        self._closed = True
         while self._all_held:
             self._all_held.pop().close()
         self._engine.dispose()
