@@ -145,6 +145,20 @@ def _address(text: str) -> str:
 # -- the relay ------------------------------------------------------------------------------------
 
 
+class _Connection(aiosmtplib.SMTP):
+    """Its descriptor is gone one turn of the loop after any end.
+
+    aiosmtplib closes politely, in `quit` and in errors alike, and forgets the transport: TLS would wait for the
+    other side's farewell, and what a relay does not read for its end, however long that takes.
+    """
+
+    def close(self) -> None:
+        """End at once; what is not sent yet is lost."""
+        if isinstance(self.transport, asyncio.WriteTransport):
+            self.transport.abort()
+        super().close()
+
+
 class Relay:
     """The connection of this process to the relay: opened when needed, ended when idle."""
 
@@ -173,8 +187,7 @@ class Relay:
             loop, self._loop = self._loop, None
         if loop is None or self._thread is None:
             return
-        with contextlib.suppress(RemoteError, TimeoutError):
-            asyncio.run_coroutine_threadsafe(self._quit(), loop).result(self._settings.timeout_s)
+        asyncio.run_coroutine_threadsafe(self._quit(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
         loop.close()
@@ -219,7 +232,7 @@ class Relay:
             except (OSError, aiosmtplib.SMTPException):
                 self._drop()
         settings = self._settings
-        smtp = aiosmtplib.SMTP(
+        smtp = _Connection(
             hostname=settings.relay,
             port=settings.port,
             timeout=settings.timeout_s,
@@ -233,11 +246,11 @@ class Relay:
             if settings.user:
                 await smtp.login(settings.user, self._password())
         except SMTPResponseException as error:
-            _end(smtp)
+            smtp.close()
             said = f"{error.code} {one_line(error.message)[:_ANSWER]}"
             raise Temporary(f"the relay does not let us in: {said}") from error
         except BaseException:
-            _end(smtp)
+            smtp.close()
             raise
         self._smtp = smtp
         return smtp
@@ -274,7 +287,7 @@ class Relay:
 
     def _drop(self) -> None:
         if self._smtp is not None:
-            _end(self._smtp)
+            self._smtp.close()
         self._smtp = None
 
     async def _quit(self) -> None:
@@ -283,18 +296,11 @@ class Relay:
             self._idle.cancel()
         if smtp is not None:
             with contextlib.suppress(OSError, aiosmtplib.SMTPException):
-                await smtp.quit()
-            _end(smtp)
+                async with asyncio.timeout(self._settings.timeout_s):
+                    await smtp.quit()
+            smtp.close()
         for _ in range(_TURNS):  # transports end in the loop's next turns
             await asyncio.sleep(0)
-
-
-def _end(smtp: aiosmtplib.SMTP) -> None:
-    """Close at once: a TLS transport would wait for the other side's farewell."""
-    transport = smtp.transport
-    smtp.close()
-    if isinstance(transport, asyncio.WriteTransport):
-        transport.abort()
 
 
 def _refusal(error: SMTPResponseException) -> RemoteError:
