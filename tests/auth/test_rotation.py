@@ -471,6 +471,7 @@ def test_an_unknown_application_password_is_refused_alike_after_a_set_is_retired
     text = path_of(door).read_text("ascii")
     kept = [block for block in text.split("\n\n") if f"[keys.{first}]" not in block]
     path_of(door).write_text("\n\n".join(kept), "ascii")
+    assert first not in door.keys.sets
     with pytest.raises(NotAuthenticated):
         door.log_in("alice@example.org", passwords.new_app_password().shown)
     assert caplog.records[-1].reason == "no such application password"  # type: ignore[attr-defined]
