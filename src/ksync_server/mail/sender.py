@@ -148,8 +148,8 @@ def _address(text: str) -> str:
 class _Connection(aiosmtplib.SMTP):
     """Its descriptor is gone one turn of the loop after any end.
 
-    aiosmtplib closes politely, in `quit` and in errors alike, and forgets the transport: TLS would wait for
-    the other side's farewell, and what a relay does not read for its end, however long that takes.
+    aiosmtplib closes politely, in `quit` and in errors alike, and forgets the transport: TLS would wait for the
+    other side's farewell, and what a relay does not read for its end, however long that takes.
     """
 
     def close(self) -> None:
