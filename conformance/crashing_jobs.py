@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -31,7 +32,7 @@ STEPS = 5
 LIMIT_S = 240
 TRAPS = ("kill", "freeze")
 LEASE_S = 0.9
-FROZEN_S = 3 * LEASE_S  # long enough for the neighbours to take the jobs over
+FROZEN = 3  # leases: long enough for the neighbours to take the jobs over
 _tables = sa.MetaData()
 effect = sa.Table("crash_effect", _tables, sa.Column("job", sa.BigInteger), sa.Column("step", sa.Integer))
 
@@ -83,12 +84,12 @@ def work(job: Job, diary: Diary) -> None:
             raise
 
 
-def main(url: str, threads: int, events: Path) -> None:
+def main(url: str, threads: int, events: Path, lease_s: float) -> None:
     """One worker process, until it is killed or its standard input ends."""
     database = Database(settings.Database(url=url), threads=threads + 2)
     diary, stop = Diary(events), threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
-    chosen = settings.Jobs(workers=threads, poll_s=0.05, lease_s=LEASE_S, attempts=1000, retry_s=1)
+    chosen = settings.Jobs(workers=threads, poll_s=0.05, lease_s=lease_s, attempts=1000, retry_s=1)
     Runner(database, (), {"work": Handler(lambda job: work(job, diary))}, chosen).run(stop)
     database.close()
 
@@ -109,9 +110,9 @@ def _prepared(url: str, jobs_: int) -> Iterator[Database]:
         database.close()
 
 
-def _start(url: str, threads: int, events: Path) -> subprocess.Popen[bytes]:
+def _start(url: str, threads: int, events: Path, lease_s: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "conformance.crashing_jobs", url, str(threads), str(events)],
+        [sys.executable, "-m", "conformance.crashing_jobs", url, str(threads), str(events), str(lease_s)],
         stdin=subprocess.PIPE,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
@@ -127,9 +128,13 @@ class Workers:
     """Processes that are killed and started again, or frozen and woken up."""
 
     def __init__(
-        self, start: Callable[[], subprocess.Popen[bytes]], count: int, chance: random.Random
+        self,
+        start: Callable[[], subprocess.Popen[bytes]],
+        count: int,
+        chance: random.Random,
+        frozen_s: float,
     ) -> None:
-        self._start, self._chance = start, chance
+        self._start, self._chance, self.frozen_s = start, chance, frozen_s
         self._running = [start() for _ in range(count)]
         self._frozen: list[tuple[float, subprocess.Popen[bytes]]] = []
 
@@ -145,7 +150,7 @@ class Workers:
         """Stop one where it is; `wake` lets it go on when its leases are long over."""
         victim = self._chance.choice(self._running)
         victim.send_signal(signal.SIGSTOP)
-        self._frozen.append((time.monotonic() + FROZEN_S, victim))
+        self._frozen.append((time.monotonic() + self.frozen_s, victim))
 
     def wake(self, *, all_: bool = False) -> None:
         """Let those go on that were frozen long enough."""
@@ -174,6 +179,7 @@ def run(
     kills: int,
     freezes: int,
     threads: int = 1,
+    lease_s: float = LEASE_S,
     seed: int | None = None,
 ) -> Report:
     """Run jobs to their end while workers are killed and frozen: one each inside a job for sure, then at random.
@@ -184,6 +190,7 @@ def run(
         workers: processes at a time; each one that is killed is started again.
         kills: how many SIGKILLs, spread at random over the whole run; `freezes` likewise.
         threads: jobs at once per process.
+        lease_s: a dead worker's jobs are taken over after twice that.
 
     Raises:
         AssertionError: not every job ended within 240 s.
@@ -196,7 +203,8 @@ def run(
     pause = threading.Event()
     diary = Diary(folder / "events")
     with contextlib.closing(diary), _prepared(url, jobs_) as database:
-        pool = Workers(lambda: _start(url, threads, folder / "events"), workers, chance)
+        start = partial(_start, url, threads, folder / "events", lease_s)
+        pool = Workers(start, workers, chance, FROZEN * lease_s)
         try:
             _spring_traps(database, pool, diary)
             while (left := _unfinished(database)) > 0:
@@ -233,7 +241,7 @@ def _spring_traps(database: Database, pool: Workers, diary: Diary) -> None:
                     os.kill(pid, signal.SIGCONT)
                     threading.Event().wait(0.05)
                     os.kill(pid, signal.SIGSTOP)
-                    until = time.monotonic() + FROZEN_S
+                    until = time.monotonic() + pool.frozen_s
                 threading.Event().wait(0.01)
             diary.write("WOKEN", number, pid)
             os.kill(pid, signal.SIGCONT)
@@ -269,4 +277,4 @@ def _report(database: Database, diary: Diary, given: tuple[int, int], seconds: f
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))

@@ -122,6 +122,7 @@ class Job:
         self.tries = claim.attempts  # without a checkpoint between them
         self._leave = leave
         self._said: str | None = None
+        self.kept: str | None = None  # the arguments that are left when it is done; None = all
         self.is_unsaid = False  # what `progress` said is not written yet
 
     def checkpoint(self, state: object, effects: Callable[[Write], object] | None = None) -> None:
@@ -160,6 +161,13 @@ class Job:
     def progress(self, **fields: object) -> None:
         """Say to people how far it is, never a secret; replaces what was said, written within seconds."""
         self._said, self.is_unsaid = json.dumps(fields), True
+
+    def forget(self, **kept: object) -> None:
+        """Leave only `kept` of the arguments in the row, from the moment that the job is done.
+
+        Where it fails, is cancelled or its worker dies, it may run again and needs all of them.
+        """
+        self.kept = json.dumps(kept, sort_keys=True)
 
     def postpone(self, wait_s: float) -> NoReturn:
         """Leave now and go on after `wait_s`, from the last checkpoint; no failure.
@@ -252,6 +260,10 @@ _FINISH = (
         attempts=sa.bindparam("attempts_", type_=sa.Integer),
         checkpoint=sa.case(
             (sa.bindparam("anew_", type_=sa.Integer) == 1, sa.null()), else_=_job.c.checkpoint
+        ),
+        arguments=sa.case(
+            (_next_state == "done", sa.func.coalesce(sa.bindparam("kept_", type_=sa.Text), _job.c.arguments)),
+            else_=_job.c.arguments,
         ),
         progress=sa.func.coalesce(sa.bindparam("progress_", type_=sa.Text), _job.c.progress),
         last_error=sa.bindparam("error_", type_=sa.Text),
@@ -490,6 +502,7 @@ def finish(
         "attempts_": attempts,
         "error_": error[:_LAST_ERROR] if error else None,
         "anew_": int(anew),
+        "kept_": job.kept,
     }
     row = database.write(lambda tx: tx.one(_FINISH, values))
     if row is None:

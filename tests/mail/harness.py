@@ -62,6 +62,8 @@ class TestRelay:
     to_data: list[str | None] = field(
         default_factory=list
     )  # CUT ends the connection, SLOW waits for `faster`
+    deaf: bool = False  # reads nothing after its answer to DATA
+    unread: int = 0  # messages that it so did not read
     connections: int = 0
     log_ins: list[bool] = field(default_factory=list)
     faster: threading.Event = field(default_factory=threading.Event)
@@ -157,6 +159,15 @@ def relay(
                 self._seen = transport  # a second time after STARTTLS
                 state.open.add(transport)
                 super().connection_made(transport)
+
+            async def smtp_DATA(self, arg: str) -> None:
+                if not state.deaf:
+                    await super().smtp_DATA(arg)
+                    return
+                await self.push("354 go on")
+                self.transport.pause_reading()
+                state.unread += 1
+                await asyncio.get_running_loop().create_future()  # until the connection ends
 
             def _mine(self) -> set[Any]:
                 return {getattr(self, "_seen", None)}

@@ -22,7 +22,7 @@ from conformance.client import Client
 from conformance.servers import demo
 from ksync_server import jobs, settings
 from ksync_server.app import Services
-from ksync_server.auth import accounts, audit, secondfactor
+from ksync_server.auth import accounts, audit, recovery, secondfactor
 from ksync_server.auth.audit import OPERATOR, Actor
 from ksync_server.auth.gate import Credentials, Service
 from ksync_server.background import handlers
@@ -83,6 +83,15 @@ def event(action: str, **changed: Any) -> Event:
 
 def test_there_are_words_for_every_action_whose_owner_is_told() -> None:
     assert set(notices.TEXTS) >= audit.TOLD
+
+
+def test_a_reset_promises_no_link_and_says_how_to_go_on() -> None:
+    _, text = notices.write(event("account.reset", actor="operator"), "help@example.org", "Example cloud")
+    words = " ".join(text.split())
+    assert re.search(r"(?i)\blink|://|choose a new one", words) is None
+    assert "no page on this server yet" in words
+    assert "Nothing has changed: your old password works" in words
+    assert "Ask help@example.org." in words
 
 
 @pytest.mark.parametrize("action", sorted(notices.TEXTS))
@@ -161,36 +170,31 @@ def test_what_strangers_wrote_is_no_link_and_no_line_of_its_own(
     assert not any(line.startswith("Your code") for line in text.splitlines())
 
 
+READ = {
+    *re.findall(r"""(?:detail\.get\(|detail\[)["'](\w+)""", Path(notices.__file__).read_text()),
+    *("second_factor", "recovery_codes_left", "application_passwords", "recovery_email", "recovery_mobile"),
+}
+NUMBERS = [0, -1, AT, 2**31, 2**40, 2**70, -(2**70), 1.5, float("nan"), float("inf")]
+plain_value = st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.text(max_size=20)
+value = st.recursive(
+    plain_value,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "id"]), inner),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("action", sorted(notices.TEXTS))
+def test_every_key_of_a_detail_may_have_any_value(action: str) -> None:
+    for key in READ:
+        for odd in (*NUMBERS, None, True, "", "\0", [], [None], [[]], {}, {"name": []}, [{"name": {}}], [{}]):
+            made = event(action, detail={**event(action).detail, key: odd})
+            assert notices.write(made, "", "ksync")[1], (key, odd)
+            assert all("@" in address for address in notices.receivers(made)), (key, odd)
+
+
 @given(
     action=st.sampled_from(sorted(notices.TEXTS)),
-    detail=st.dictionaries(
-        st.sampled_from(
-            [
-                "reason",
-                "service",
-                "from",
-                "to",
-                "changed",
-                "temporary",
-                "purge_at",
-                "name",
-                "scopes",
-                "told",
-                "expires_at",
-                "id",
-                "factors",
-                "second_factor",
-                "organization_name",
-                "how",
-                "client",
-            ]
-        ),
-        st.none()
-        | st.booleans()
-        | st.integers(0, 2**40)
-        | st.text(max_size=20)
-        | st.lists(st.text(max_size=9)),
-    ),
+    detail=st.fixed_dictionaries({}, optional=dict.fromkeys(sorted(READ), value)),
 )
 def test_no_detail_keeps_a_mail_from_being_written(action: str, detail: dict[str, Any]) -> None:
     made = event(action, detail=detail)
@@ -388,6 +392,23 @@ def test_a_notice_that_was_cut_after_its_mails_were_queued_queues_none_again(
     assert again is not None
     notices.Notices(installation.services.settings.mail).run(jobs.Job(database, again))
     assert len(installation.deliver()) == 2
+
+
+def test_a_reset_is_told_at_the_recovery_e_mail_and_no_token_is_kept(installation: Installation) -> None:
+    sync_id = installation.account()
+    database, keys = installation.services.database, installation.services.keys
+    installation.run("account", "reset", sync_id, "--reason", "called us, identity checked")
+    (mail,) = installation.deliver()
+    assert mail.to == [RECOVERY]
+    words = " ".join(mail.text.split())
+    assert "Reason given: called us, identity checked" in words
+    with database.read() as tx:
+        token = recovery.reset_token(tx, keys, accounts.get(tx, sync_id))
+        kept = json.dumps(jobs.list_jobs(tx, limit=1000)) + str(tx.execute(sa.select(t.audit)).all())
+    number, _, key_id, _ = token.split(".")
+    shape = re.compile(rf"\b{number}\.\d+\.{key_id}\.[0-9a-f]{{16,}}")
+    assert shape.search(token)
+    assert shape.search(kept + mail.raw.decode() + mail.text) is None
 
 
 def test_an_account_that_is_gone_meanwhile_gets_what_can_still_be_sent(installation: Installation) -> None:

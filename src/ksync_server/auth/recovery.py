@@ -86,9 +86,9 @@ def address_gone(
 
 
 def start_reset(tx: Write, account: Account, *, reason: str, actor: Actor = OPERATOR) -> str:
-    """Tell the owner, at the recovery e-mail, how to choose a new password; nothing else changes.
+    """Tell the owner, at the recovery e-mail, that a reset was asked for and how to go on; no secret changes.
 
-    An operator starts it this way and never learns or chooses the password.
+    The mail has no link: a page that takes `reset_token` is not served yet.
 
     Args:
         reason: kept in the audit and told.

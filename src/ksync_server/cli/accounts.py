@@ -260,7 +260,7 @@ def _account_login_lost(services: Services, name: str) -> Answer:
 @_name
 @click.option("--reason", required=True, help="Why; it is kept in the audit.")
 def _account_reset(services: Services, name: str, reason: str) -> Answer:
-    """Start a password reset: the owner chooses the new password, second factors stay."""
+    """Tell the owner that a password reset was asked for, and how to go on; no secret changes."""
 
     def change(tx: Write, account: Account) -> dict[str, Any]:
         return {
@@ -269,7 +269,7 @@ def _account_reset(services: Services, name: str, reason: str) -> Answer:
         }
 
     row = change_account(services, name, change)
-    return Answer(row, f"{row['sync_id']} is told at {row['told']} how to choose a new password.")
+    return Answer(row, f"{row['sync_id']} is told at {row['told']} that a reset was asked for.")
 
 
 @command(account, "notices")

@@ -27,6 +27,7 @@ from ksync_server.store import tables as t
 from ksync_server.store.database import Read, Write
 
 _WIDTH = 72
+_LAST_DAY = 253_402_300_800  # after the year 9999: no time of ours
 _SHORT = 80  # characters of what others wrote: names, programs, reasons
 _NOWHERE = ".invalid"  # RFC 2606: log-in names that stand in for a lost address
 _NOT_PLAIN = re.compile(r"[^\w ._/()+;,'-]")
@@ -90,7 +91,9 @@ def _plain(value: object) -> str:
 
 
 def _day(at: object) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at if isinstance(at, int) else 0))
+    if not isinstance(at, int) or not 0 <= at < _LAST_DAY:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
 
 
 def _password(event: Event) -> Letter:
@@ -135,9 +138,12 @@ def _connection_address(event: Event) -> Letter:
 
 def _reset(event: Event) -> Letter:
     what = (
-        "The operator of this server has begun to reset a forgotten password of your account. Your password "
-        "is the old one until you choose a new one, and your second factors stay on.",
+        "The operator of this server was asked to help with a forgotten password of your account, and noted "
+        "the request. Nothing has changed: your old password works, and your second factors stay on.",
         f"Reason given: {_plain(event.detail.get('reason', ''))}",
+        "How to go on: there is no page on this server yet where you can choose a new password yourself. "
+        "Speak with those named below, in a way that you know already; they make sure that it is you and set "
+        "a new password with you. This mail asks for nothing: never answer it with a password or a code.",
     )
     return Letter("Help with a forgotten password", what, (_NOT_ASKED,))
 

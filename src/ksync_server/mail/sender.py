@@ -56,7 +56,8 @@ def queue(
 
     Args:
         to: one address; what cannot be one fails the job, not the cause.
-        subject: without a secret, as is `text`: both stand in the job's row.
+        subject: without a secret, as is `text`: both stand in the job's row. Once the message is sent, the
+            subject alone does.
         text: plain text, lines of at most 77 characters.
         name: the receiver's, as others see it.
         key: as `jobs.enqueue` takes it.
@@ -118,12 +119,15 @@ def _words(text: str) -> str:
     The standard library's header objects read encoded words in what they are given, line breaks in them
     included, so they are not asked.
     """
-    return text if _HARMLESS.fullmatch(text) else Header(text, "utf-8", 76).encode(linesep="\r\n")
+    if _HARMLESS.fullmatch(text):
+        return text
+    # The longest name of a field with words in it leaves the room on the first line.
+    return Header(text, "utf-8", 76, header_name="Subject").encode(linesep="\r\n")
 
 
 def _mailbox(name: str, address: str) -> str:
     words = one_line(name)
-    return f"{_words(words)} <{address}>" if words else address
+    return f"{_words(words)}\r\n <{address}>" if words else address
 
 
 def _address(text: str) -> str:
@@ -148,8 +152,8 @@ def _address(text: str) -> str:
 class _Connection(aiosmtplib.SMTP):
     """Its descriptor is gone one turn of the loop after any end.
 
-    aiosmtplib closes politely, in `quit` and in errors alike, and forgets the transport: TLS would wait for the
-    other side's farewell, and what a relay does not read for its end, however long that takes.
+    aiosmtplib closes politely, in `quit` and in errors alike, and forgets the transport: TLS would wait for
+    the other side's farewell, and what a relay does not read for its end, however long that takes.
     """
 
     def close(self) -> None:
@@ -332,6 +336,7 @@ class Sender:
             Temporary, Permanent: see `Relay.send`.
             Yielded: as many messages as a minute may have are out.
         """
+        job.forget(subject=job.arguments["subject"])
         if not self._settings.relay:
             job.progress(note="no relay")
             return
