@@ -17,7 +17,7 @@ from ksync_server.errors import ConfigError
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, file_lock
 
-SCHEMA = 2  # the newest revision's number; revisions are named 0001, 0002 ...
+SCHEMA = 3  # the newest revision's number; revisions are named 0001, 0002 ...
 _ADVISORY_LOCK = 7_205_759_403  # any constant: several nodes may start at once
 
 

@@ -396,3 +396,128 @@ job = _table(
     sa.Index(None, "account_id"),
     sa.Index(None, "ended_at"),
 )
+
+# What a job must know and nobody else may: sealed, and gone in the transaction that ends the job.
+job_secret = _table(
+    "job_secret",
+    _ref("job_id", "job.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),  # encrypted with a key of the key file
+    sa.PrimaryKeyConstraint("job_id", "name"),
+)
+
+# --- mail ----------------------------------------------------------------------------------------
+
+# An address whose mail is kept here, in a Maildir of its own.
+mailbox = _table(
+    "mailbox",
+    sa.Column("id", Id, primary_key=True),
+    _ref("organization_id", "organization.id"),
+    _ref("account_id", "account.id", nullable=True),  # whose it is; NULL = nobody's yet
+    sa.Column("address", sa.Text, nullable=False),
+    sa.Column("address_key", sa.Text, nullable=False, unique=True),  # the same, folded for comparison
+    sa.Column("folder", sa.Text, nullable=False, unique=True),  # random name of its Maildir
+    sa.Column("state", sa.Text, nullable=False, default="active"),  # active, suspended
+    sa.Column("quota_bytes", sa.BigInteger),  # NULL = no limit
+    sa.Column("created_at", Time, nullable=False),
+    sa.Index(None, "organization_id"),
+    sa.Index(None, "account_id"),
+)
+
+device_password = _table(
+    "device_password",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("lookup", sa.Text, nullable=False, unique=True),  # the public part inside the secret
+    _ref("mailbox_id", "mailbox.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),  # HMAC-SHA256 under the pepper `key_id`
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("created_at", Time, nullable=False),
+    sa.Column("revoked_at", Time),
+    sa.Column("last_used_at", Time),
+    sa.Column("last_service", sa.Text),
+    sa.Column("last_address", sa.Text),
+    sa.Column("last_client", sa.Text),
+    sa.Index(None, "mailbox_id"),
+)
+
+# Mailboxes that are imported together: one CSV, one summary.
+mail_batch = _table(
+    "mail_batch",
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("notify", sa.Text, nullable=False, default=""),  # address that is told the end; "" = nobody
+    sa.Column("created_at", Time, nullable=False),
+    sa.Column("ended_at", Time),  # when the last of its imports ended
+)
+
+# One remote mailbox and where it goes. Its passes are jobs; the secrets are theirs (`job_secret`).
+mail_import = _table(
+    "mail_import",
+    sa.Column("id", Id, primary_key=True),
+    _ref("batch_id", "mail_batch.id", nullable=True),
+    _ref("mailbox_id", "mailbox.id", nullable=True),  # destination here; NULL = `target` names a server
+    sa.Column("source", sa.Text, nullable=False),  # JSON: server, user and how to log in, never a secret
+    sa.Column("target", sa.Text, nullable=False),  # JSON: kind, and server and user or folder
+    sa.Column("options", sa.Text, nullable=False, default="{}"),  # JSON
+    sa.Column("notify", sa.Text, nullable=False, default=""),
+    # waiting, running, paused, done, incomplete (something was refused), failed, cancelled
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("passes", sa.Integer, nullable=False, default=0),  # that ended
+    sa.Column("job_id", sa.BigInteger),  # of the newest pass; its row may be forgotten already
+    sa.Column("report", sa.Text),  # JSON: what the newest pass that ended found and did
+    sa.Column("created_at", Time, nullable=False),
+    sa.Column("ended_at", Time),
+    sa.Index(None, "batch_id"),
+    sa.Index(None, "mailbox_id"),
+    sa.Index(None, "state"),
+)
+
+# A folder of the source: what of it is known to be copied.
+mail_source = _table(
+    "mail_source",
+    sa.Column("id", Id, primary_key=True),
+    _ref("import_id", "mail_import.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("uid_validity", sa.BigInteger, nullable=False),
+    # As STATUS said when all of it was copied and its flags carried: what says so again is not opened.
+    sa.Column("uid_next", sa.BigInteger, nullable=False, default=0),
+    sa.Column("messages", sa.BigInteger, nullable=False, default=-1),
+    sa.Column("modseq", sa.BigInteger, nullable=False, default=0),  # 0 = the server has none
+    sa.UniqueConstraint("import_id", "name"),
+)
+
+# A folder of the destination. UIDs from `settled_next` on may be copies whose row a crash prevented.
+mail_target = _table(
+    "mail_target",
+    sa.Column("id", Id, primary_key=True),
+    _ref("import_id", "mail_import.id"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("uid_validity", sa.BigInteger, nullable=False),
+    sa.Column("settled_next", sa.BigInteger, nullable=False, default=1),
+    sa.UniqueConstraint("import_id", "name"),
+)
+
+# A message of the source in one folder of the destination; of a Gmail message one row per label.
+mail_copy = _table(
+    "mail_copy",
+    _ref("source_id", "mail_source.id"),
+    sa.Column("uid", sa.BigInteger, nullable=False),
+    _ref("target_id", "mail_target.id"),
+    sa.Column("target_uid", sa.BigInteger, nullable=False),  # 0 = refused
+    sa.Column("size", sa.BigInteger, nullable=False),  # bytes
+    sa.Column("sha256", sa.LargeBinary, nullable=False),  # of the message's bytes; empty = refused
+    sa.Column("received_at", Time, nullable=False),  # INTERNALDATE
+    sa.Column("flags", sa.Text, nullable=False),  # as the source had them when they were last carried
+    sa.Column("reason", sa.Text),  # why it was refused
+    sa.PrimaryKeyConstraint("source_id", "uid", "target_id"),
+    sa.Index(None, "target_id", "target_uid"),
+)
+
+# Bytes fetched from one account at one provider today, over all imports: its daily limit.
+mail_budget = _table(
+    "mail_budget",
+    sa.Column("key", sa.Text, primary_key=True),  # "server user"
+    sa.Column("since", Time, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+)
