@@ -158,7 +158,8 @@ def _imports() -> None:
         sa.Column("source_id", _id, nullable=False),
         _number("uid"),
         sa.Column("target_id", _id, nullable=False),
-        *map(_number, ("target_uid", "size")),
+        _text("handle"),
+        _number("size"),
         _bytes("sha256"),
         _number("received_at"),
         _text("flags"),
@@ -166,5 +167,5 @@ def _imports() -> None:
         source_id="mail_source",
         target_id="mail_target",
     )
-    _index("mail_copy", "target_id", "target_uid")
+    _index("mail_copy", "target_id", "handle")
     _create("mail_budget", ("key",), _text("key"), *map(_number, ("since", "bytes")))
