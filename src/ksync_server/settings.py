@@ -256,6 +256,7 @@ class MailImport(Section, frozen=True):
     )
     message_bytes: int = 256 * MIB  # a longer message is refused and reported
     whole_bytes: int = 1 * MIB  # a longer message is never held as a whole
+    spool: Path = Path("data/spool")  # such messages are kept here until they are placed
     window_bytes: int = 4 * MIB  # fetched and not yet recorded, per import: memory, and what a crash costs
     line_bytes: int = 1 * MIB  # longest line of a server, literals aside
     folders: int = 20_000  # of one mailbox
@@ -661,5 +662,6 @@ def anchored(settings: Settings, folder: Path) -> Settings:
             password_file=str(base / settings.mail.password_file) if settings.mail.password_file else "",
             ca_file=str(base / settings.mail.ca_file) if settings.mail.ca_file else "",
         ),
+        mail_import=replace(settings.mail_import, spool=base / settings.mail_import.spool),
         offers_file=base / settings.offers_file if settings.offers_file else None,
     )

@@ -31,6 +31,7 @@ _HELD = 512 << 10  # bytes of bodies that wait in a connection to be taken
 _READ = 64 << 10  # asked of zlib at once
 _SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
 _BODY = re.compile(rb"(?:^|[ (])BODY\[[^\]]*\](?:<\d+>)?[ ]\Z", re.I)
+_UID = re.compile(rb"[( ]UID (\d{1,10})[ )]", re.I)
 _WATCH_S = 1.0
 _FAR_S = 0.01  # seconds to connect from which on compression pays
 
@@ -102,6 +103,7 @@ class Start:
     """A body begins."""
 
     size: int
+    uid: int | None = None  # where the server said it before
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,26 @@ class Inlet:
     def _wake(self) -> None:
         if self._taker is not None and not self._taker.done():
             self._taker.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The answer to one command, while it comes."""
+
+    connection: Connection
+    pending: _Pending
+    inlet: Inlet
+
+    async def __aiter__(self) -> AsyncIterator[Start | Piece | Data]:
+        """What the server gives.
+
+        Raises:
+            Refused: NO or BAD, at its end.
+            RemoteError: the connection is gone.
+        """
+        while (each := await self.inlet.take()) is not None:
+            yield each
+        await self.connection.answer(self.pending)
 
 
 @dataclass(slots=True)
@@ -258,7 +280,8 @@ class Connection(asyncio.Protocol):
         self._left = size
         if oldest is not None and oldest.inlet is not None and _BODY.search(bytes(head)):  # type: ignore[arg-type]
             self._streaming = oldest.inlet
-            self._streaming.put(Start(size))
+            uid = _UID.search(bytes(head))  # type: ignore[arg-type]
+            self._streaming.put(Start(size, int(uid[1]) if uid else None))
         elif size > self._settings.line_bytes:
             raise BadRequest(f"a literal of {size} bytes that nobody asked for")
         else:
@@ -487,18 +510,16 @@ class Connection(asyncio.Protocol):
         """
         return await self.answer(await self.send(name, *arguments))
 
-    async def receive(self, name: str, *arguments: bytes | str) -> AsyncIterator[Start | Piece | Data]:
-        """Send a command and take what it gives, bodies in pieces.
+    async def stream(self, name: str, *arguments: bytes | str) -> Stream:
+        """Send a command whose answer is taken while it comes, bodies in pieces.
+
+        Several may be under way: each is taken to its end before the next one.
 
         Raises:
-            Refused: NO or BAD, at its end.
             RemoteError: the connection is gone.
         """
         inlet = Inlet(self)
-        pending = await self.send(name, *arguments, inlet=inlet)
-        while (each := await inlet.take()) is not None:
-            yield each
-        await self.answer(pending)
+        return Stream(self, await self.send(name, *arguments, inlet=inlet), inlet)
 
     # -- mailbox names ------------------------------------------------------------------------------
 
