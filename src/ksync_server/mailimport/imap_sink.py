@@ -23,6 +23,7 @@ from ksync_server.mailimport.sinks import (
     Seen,
     Stranger,
     Unwanted,
+    canonical,
 )
 from ksync_server.wire import imap
 from ksync_server.wire.imap import Data
@@ -164,7 +165,9 @@ class ImapSink:
                     size = imap.number(found["RFC822.SIZE"])
                     yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
 
-    async def digests(self, name: str, handles: Iterable[str]) -> Mapping[str, bytes]:
+    async def digests(
+        self, name: str, handles: Iterable[str], *, as_stored: bool = False
+    ) -> Mapping[str, bytes]:
         """See `Sink`."""
         await self._select(name)
         digests: dict[str, bytes] = {}
@@ -174,7 +177,7 @@ class ImapSink:
                 if isinstance(each, Start):
                     hashed = hashlib.sha256()
                 elif isinstance(each, Piece):
-                    hashed.update(each.data)
+                    hashed.update(canonical(each.data) if as_stored else each.data)
                 elif (
                     each.name == "FETCH" and each.values and "BODY[]" in (found := imap.pairs(each.values[0]))
                 ):

@@ -26,13 +26,15 @@ _STANDARD = {
 }
 _NAMES = {
     "\\sent": "sent|sent items|sent mail|sent messages|sent-mail|gesendet|gesendete elemente"
-    "|gesendete objekte|gesendete nachrichten|envoyés|messages envoyés|éléments envoyés|objets envoyés|inviata|posta inviata"
+    "|gesendete objekte|gesendete nachrichten|envoyés|messages envoyés"
+    "|éléments envoyés|objets envoyés|inviata|posta inviata"
     "|inviati|enviados|elementos enviados|mensajes enviados|itens enviados|verzonden|verzonden items|skickat"
     "|sendt|lähetetyt|wysłane|odeslaná pošta|отправленные|已发送|送信済み",
     "\\drafts": "drafts|draft|entwürfe|brouillons|bozze|borradores|rascunhos|concepten|utkast|kladder"
     "|luonnokset|kopie robocze|koncepty|черновики|草稿|下書き",
     "\\junk": "junk|junk e-mail|junk email|junk mail|spam|bulk mail|spamverdacht|unerwünscht"
-    "|unerwünschte werbung|courrier indésirable|indésirables|pourriel|posta indesiderata|correo no deseado|lixo eletrônico"
+    "|unerwünschte werbung|courrier indésirable|indésirables"
+    "|pourriel|posta indesiderata|correo no deseado|lixo eletrônico"
     "|ongewenste e-mail|skräppost|uønsket post|roskaposti|wiadomości-śmieci|спам|垃圾邮件|迷惑メール",
     "\\trash": "trash|bin|deleted|deleted items|deleted messages|papierkorb|gelöscht|gelöschte elemente"
     "|gelöschte objekte|corbeille|éléments supprimés|cestino|posta eliminata|papelera|elementos eliminados"

@@ -129,9 +129,13 @@ _COPIES = (
         _copy.c.flags,
         _copy.c.reason,
     )
-    .where(_copy.c.source_id == sa.bindparam("source_"))
+    .where(
+        _copy.c.source_id == sa.bindparam("source_"),
+        _copy.c.uid.between(sa.bindparam("first_"), sa.bindparam("last_")),
+    )
     .order_by(_copy.c.uid)
 )
+_TARGETS_OF = sa.select(_copy.c.target_id).where(_copy.c.source_id == sa.bindparam("source_")).distinct()
 _HANDLES = sa.select(_copy.c.handle).where(_copy.c.target_id == sa.bindparam("target_"), _copy.c.handle != "")
 _INSERT_COPY = sa.insert(_copy)
 _COUNTS = (
@@ -285,9 +289,14 @@ def add_target(tx: Write, number: int, name: str, uid_validity: int, uid_next: i
     return TargetFolder(found, uid_validity, uid_next, 1)
 
 
-def settle_target(tx: Write, folder: TargetFolder, uid_next: int) -> None:
+def settle_target(tx: Write, target_id: int, uid_next: int) -> None:
     """Every copy below this UID has its row."""
-    tx.execute(sa.update(_target).where(_target.c.id == folder.id).values(settled_next=uid_next))
+    tx.execute(sa.update(_target).where(_target.c.id == target_id).values(settled_next=uid_next))
+
+
+def targets_of(tx: Read, source_id: int) -> list[int]:
+    """The folders of the destination to which messages of a folder went."""
+    return [row[0] for row in tx.fast(_TARGETS_OF, {"source_": source_id})]
 
 
 def forget_target(tx: Write, folder: TargetFolder, uid_validity: int) -> TargetFolder:
@@ -307,11 +316,9 @@ def forget_target(tx: Write, folder: TargetFolder, uid_validity: int) -> TargetF
 # -- copies ---------------------------------------------------------------------------------------
 
 
-def copies(tx: Read, source_id: int) -> list[Copy]:
-    """What is known of the messages of a folder.
-
-    Cost: all rows of one folder in memory, 300 bytes each.
-    """
+def copies(tx: Read, source_id: int, first: int, last: int) -> list[Copy]:
+    """What is known of the messages of a folder with these UIDs."""
+    values = {"source_": source_id, "first_": first, "last_": last}
     return [
         Copy(
             source_id,
@@ -325,7 +332,7 @@ def copies(tx: Read, source_id: int) -> list[Copy]:
             tuple(flags.split()),
             reason,
         )
-        for uid, target, handle, how, size, sha, at, flags, reason in tx.fast(_COPIES, {"source_": source_id})
+        for uid, target, handle, how, size, sha, at, flags, reason in tx.fast(_COPIES, values)
     ]
 
 
@@ -361,15 +368,16 @@ def retired(tx: Read, number: int, target_id: int) -> list[Copy]:
 
 
 def add_copies(tx: Write, made: Iterable[Copy]) -> None:
-    """Rows of messages that are placed or refused; what was refused before is replaced."""
+    """Rows of messages that are placed or refused."""
     rows = [each.row() for each in made]
     if rows:
         tx.execute(_INSERT_COPY, rows)
 
 
-def drop_refused(tx: Write, source_id: int) -> None:
+def drop_refused(tx: Write, number: int) -> None:
     """What was refused is tried again."""
-    tx.execute(sa.delete(_copy).where(_copy.c.source_id == source_id, _copy.c.how == REFUSED))
+    ours = sa.select(_source.c.id).where(_source.c.import_id == number)
+    tx.execute(sa.delete(_copy).where(_copy.c.source_id.in_(ours), _copy.c.how == REFUSED))
 
 
 def drop(tx: Write, gone: Iterable[Copy]) -> None:

@@ -123,8 +123,10 @@ class Sink(Protocol):
     async def strangers(self, name: str, since: int) -> list[Stranger]:
         """Messages of a folder from a UID on; all of them where messages have no UID."""
 
-    async def digests(self, name: str, handles: Iterable[str]) -> Mapping[str, bytes]:
-        """SHA-256 of messages; those that are gone are missing."""
+    async def digests(
+        self, name: str, handles: Iterable[str], *, as_stored: bool = False
+    ) -> Mapping[str, bytes]:
+        """SHA-256 of messages, or of what `canonical` leaves of them; those that are gone are missing."""
 
     async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
         """Add messages with their flags and dates.
@@ -145,3 +147,11 @@ class Sink(Protocol):
 
     async def close(self) -> None:
         """End."""
+
+
+_AS_STORED = bytes.maketrans(b"\0", b"\x80")
+
+
+def canonical(data: bytes | memoryview) -> bytes:
+    """Bytes without what some destinations change: CR, and NUL, which Dovecot stores as 0x80."""
+    return bytes(data).translate(_AS_STORED, b"\r")
