@@ -416,7 +416,7 @@ def test_one_long_job_does_not_hold_up_the_others_and_new_ones_start_within_a_se
 # -- failures -------------------------------------------------------------------------------------
 
 
-def fail(error: Exception) -> Callable[[Job], None]:
+def fail(error: BaseException) -> Callable[[Job], None]:
     def run(job: Job) -> None:
         raise error
 
@@ -622,6 +622,118 @@ def test_ended_jobs_are_forgotten_after_a_while_and_no_others(database: Database
     assert jobs.prune(database, 30) == 0
     with database.read() as tx:
         assert sorted(found["state"] for found in jobs.list_jobs(tx)) == ["done", "ready", "ready"]
+
+
+# -- secrets --------------------------------------------------------------------------------------
+
+
+def kept(database: Database) -> list[tuple[int, str]]:
+    """The secrets that there are, by job and name."""
+    c = t.job_secret.c
+    with database.read() as tx:
+        return [tuple(row) for row in tx.execute(sa.select(c.job_id, c.name).order_by(c.job_id, c.name))]
+
+
+def with_secrets(database: Database, **how: Any) -> int:
+    return queue(database, secrets={"password": b"k-1:sealed", "token": b"\0\xff"}, **how)
+
+
+def test_a_job_gets_its_secrets_as_they_were_sealed_in_every_run(database: Database) -> None:
+    number = with_secrets(database)
+    seen: list[bytes] = []
+
+    def work(job: Job) -> None:
+        seen.append(job.secret("password"))
+        seen.append(job.secret("token"))
+        if job.tries == 1:
+            raise Temporary("cut")
+        job.checkpoint({"at": 1})
+        seen.append(job.secret("password"))
+
+    assert runner(database, work).step()
+    assert kept(database) == [(number, "password"), (number, "token")], "it will be tried again"
+    change(database, number, run_at=0)
+    assert runner(database, work).step()
+    assert seen == [b"k-1:sealed", b"\0\xff"] * 2 + [b"k-1:sealed"]
+    assert row(database, number)["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("end", "state"), [(nothing, "done"), (fail(Permanent("no")), "failed"), (fail(Cancelled()), "cancelled")]
+)
+def test_secrets_go_with_the_end_of_a_job(database: Database, end: Callable[[Job], None], state: str) -> None:
+    other = with_secrets(database, run_at=now(database) + 3600)
+    number = with_secrets(database)
+    assert runner(database, end).step()
+    assert row(database, number)["state"] == state
+    assert kept(database) == [(other, "password"), (other, "token")]
+
+
+def test_secrets_of_a_job_that_is_cancelled_while_it_waits_are_gone_at_once(database: Database) -> None:
+    number, other = with_secrets(database), with_secrets(database)
+    database.write(lambda tx: jobs.cancel(tx, number))
+    assert kept(database) == [(other, "password"), (other, "token")]
+
+
+def test_secrets_of_a_job_that_is_cancelled_while_it_runs_last_until_it_ends(database: Database) -> None:
+    number = with_secrets(database)
+
+    def work(job: Job) -> None:
+        database.write(lambda tx: jobs.cancel(tx, number))
+        assert job.secret("password") == b"k-1:sealed", "it may need it to end well"
+        job.checkpoint(1)
+
+    assert runner(database, work).step()
+    assert row(database, number)["state"] == "cancelled"
+    assert kept(database) == []
+
+
+def test_a_job_that_ended_is_retried_without_its_secrets_and_says_so(database: Database) -> None:
+    number = with_secrets(database)
+    assert runner(database, fail(Permanent("no"))).step()
+    database.write(lambda tx: jobs.retry(tx, number))
+    assert runner(database, lambda job: job.secret("password")).step()
+    found = row(database, number)
+    assert (found["state"], found["last_error"]) == ("failed", "the password is not kept any more")
+
+
+def test_a_job_that_goes_on_later_keeps_its_secrets(database: Database) -> None:
+    number = with_secrets(database)
+    assert runner(database, lambda job: job.postpone(0)).step()
+    database.write(lambda tx: jobs.retry(tx, number))
+    assert kept(database) == [(number, "password"), (number, "token")]
+
+
+def test_secrets_go_with_the_row_of_their_job_whatever_erases_it(database: Database) -> None:
+    number = with_secrets(database)
+    assert kept(database)
+    database.write(lambda tx: tx.execute(sa.delete(t.job).where(t.job.c.id == number)))
+    assert kept(database) == []
+
+
+def test_secrets_are_queued_with_their_job_or_not_at_all(database: Database) -> None:
+    with_secrets(database, key="once")
+    before = kept(database)
+    again = {"password": b"another"}
+    assert database.write(lambda tx: jobs.enqueue(tx, "work", {}, key="once", secrets=again)) is None
+    assert kept(database) == before
+    with pytest.raises(RuntimeError):
+        database.write(lambda tx: _fails_after(tx, jobs.enqueue(tx, "work", {}, secrets=again)))
+    assert kept(database) == before
+
+
+def _fails_after(tx: Write, number: int | None) -> None:
+    assert number is not None
+    raise RuntimeError
+
+
+def test_a_worker_that_lost_its_job_neither_ends_it_nor_takes_its_secrets(database: Database) -> None:
+    number = with_secrets(database)
+    late = Job(database, claimed(database))
+    change(database, number, fence="of another worker")
+    with pytest.raises(LeaseLost):
+        jobs.finish(database, late, "done")
+    assert kept(database) == [(number, "password"), (number, "token")]
 
 
 def test_old_deletions_are_forgotten_and_older_tokens_start_anew(database: Database) -> None:

@@ -497,7 +497,7 @@ class Gate:
             "guess": "yes" if guess else "no",
             "reason": refusal.reason,
             "service": str(service),
-            "login": credentials.name[:100],
+            "login": accounts.logged_name(credentials.name),
         }
         log.warning("log-in refused", extra=fields)
         self._notes.refusal(refusal.owner, refusal.reason, peer, service)

@@ -505,9 +505,7 @@ mail_copy = _table(
     _ref("source_id", "mail_source.id"),
     sa.Column("uid", sa.BigInteger, nullable=False),
     _ref("target_id", "mail_target.id"),
-    sa.Column(
-        "handle", sa.Text, nullable=False
-    ),  # its UID there, or its base name in a Maildir; "" = refused
+    sa.Column("handle", sa.Text, nullable=False),  # its UID there, its file in a Maildir; "" = refused
     sa.Column("how", sa.Text, nullable=False),  # copied, linked (another label's), there (before us), refused
     sa.Column("size", sa.BigInteger, nullable=False),  # bytes
     sa.Column("sha256", sa.LargeBinary, nullable=False),  # of the message's bytes; empty = refused
