@@ -6,14 +6,53 @@ import base64
 import datetime
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from conformance.imap_server import Account, GmailAccount
 
 _FIRST = datetime.datetime(2009, 3, 1, 8, 0, 0, tzinfo=datetime.UTC)
 _ZONES = [datetime.timezone(datetime.timedelta(minutes=m)) for m in (0, 60, 120, -300, -480, 330, 345)]
-_WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "with", "as", "was", "on", "are", "by", "this", "be", "at", "from", "have", "order", "invoice", "meeting", "draft", "budget", "project", "report", "thanks", "regards", "please", "attached", "tomorrow", "schedule", "contract", "delivery", "review", "team", "office"]
+_WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "for",
+    "it",
+    "with",
+    "as",
+    "was",
+    "on",
+    "are",
+    "by",
+    "this",
+    "be",
+    "at",
+    "from",
+    "have",
+    "order",
+    "invoice",
+    "meeting",
+    "draft",
+    "budget",
+    "project",
+    "report",
+    "thanks",
+    "regards",
+    "please",
+    "attached",
+    "tomorrow",
+    "schedule",
+    "contract",
+    "delivery",
+    "review",
+    "team",
+    "office",
+]
 KEYWORDS = ("$Forwarded", "$NotJunk", "NonJunk", "$MDNSent", "$Label1", "Invoice")
 
 # Levels of a folder's name. INBOX first; the special ones carry their attribute in SPECIAL_USE.
@@ -156,7 +195,7 @@ def generate(
         yield CorpusMail(FOLDERS[place], body, frozenset(flags), date)
 
 
-def fill(account: Account, mails: Iterator[CorpusMail]) -> int:
+def fill(account: Account, mails: Iterable[CorpusMail]) -> int:
     """Put a corpus into an account, with the separator, prefix and special folders it has.
 
     Returns:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from conformance import mail_corpus
 from conformance.imap_server import (
+    ENGLISH,
     GERMAN,
     GMAIL,
     MODERN,
@@ -66,7 +67,7 @@ def _account(options: argparse.Namespace) -> Account:
             token=options.token,
             hidden=["\\All"] if options.hide_all_mail else [],
             quota_bytes=options.quota_bytes,
-            **({"names": GERMAN} if options.german else {}),
+            names=GERMAN if options.german else ENGLISH,
         )
         mail_corpus.fill_gmail(gmail)
         return gmail

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from conformance.imap_server import syntax
 from conformance.imap_server.accounts import Folder, Mail
-from conformance.imap_server.syntax import Cursor, Malformed
+from conformance.imap_server.syntax import Cursor, Malformed, Refused
 
 if TYPE_CHECKING:
     from conformance.imap_server.session import Session
@@ -81,10 +81,18 @@ def _wanted(session: Session, cursor: Cursor) -> list[Wanted]:
     return [one()]
 
 
-async def fetch(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
-    """Answer FETCH or UID FETCH; a message that is gone is left out (RFC 9051 §6.4.9)."""
-    from conformance.imap_server.session import Refused  # it needs this module
+async def fetch(session: Session, cursor: Cursor) -> str:
+    """FETCH by sequence numbers."""
+    return await _fetch(session, cursor, by_uid=False)
 
+
+async def uid_fetch(session: Session, cursor: Cursor) -> str:
+    """UID FETCH."""
+    return await _fetch(session, cursor, by_uid=True)
+
+
+async def _fetch(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
+    """Answer FETCH or UID FETCH; a message that is gone is left out (RFC 9051 §6.4.9)."""
     command = "UID FETCH" if by_uid else "FETCH"
     cursor.space()
     chosen = session.chosen(cursor, by_uid=by_uid)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from conformance.imap_server import syntax
 from conformance.imap_server.accounts import Mail
 from conformance.imap_server.fetching import _part
-from conformance.imap_server.syntax import Cursor, Malformed
+from conformance.imap_server.syntax import Cursor, Malformed, Refused
 
 if TYPE_CHECKING:
     from conformance.imap_server.session import Session
@@ -116,7 +116,17 @@ class _Keys:
         raise Malformed(f"SEARCH {key} is not known here")
 
 
-async def search(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
+async def search(session: Session, cursor: Cursor) -> str:
+    """SEARCH by sequence numbers."""
+    return await _search(session, cursor, by_uid=False)
+
+
+async def uid_search(session: Session, cursor: Cursor) -> str:
+    """UID SEARCH."""
+    return await _search(session, cursor, by_uid=True)
+
+
+async def _search(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
     """Answer SEARCH or UID SEARCH, with RETURN in the ESEARCH form (RFC 4731)."""
     cursor.space()
     options: list[str] | None = None
@@ -128,8 +138,6 @@ async def search(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
         cursor.space()
     if cursor.take(b"CHARSET "):
         if cursor.astring().upper() not in (b"UTF-8", b"US-ASCII"):
-            from conformance.imap_server.session import Refused
-
             raise Refused("[BADCHARSET (UTF-8)] unknown")
         cursor.space()
     test = _Keys(session, cursor).all_of()

@@ -16,6 +16,7 @@ from typing import Literal
 
 from conformance.imap_server.accounts import Account, Folder
 from conformance.imap_server.faults import Order, Refusal, Rule
+from conformance.imap_server.session import Session
 
 # Each capability is a switch: what is not announced is not understood. LITERAL- replaces LITERAL+.
 MODERN = frozenset(
@@ -180,8 +181,6 @@ class Server:
                 self._loop.call_soon_threadsafe(self._stop.set)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from conformance.imap_server.session import Session  # it needs this module
-
         task = asyncio.current_task()
         assert task
         self._sessions.add(task)

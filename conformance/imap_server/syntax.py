@@ -36,6 +36,18 @@ class Malformed(Exception):
     """The client broke the grammar; the text says how."""
 
 
+class Refused(Exception):
+    """A right command that is answered NO; the text follows it."""
+
+
+class Confused(Exception):
+    """A right command that a rule answers with BAD."""
+
+
+class Closed(Exception):
+    """The connection ends here, on purpose."""
+
+
 class Cursor:
     """A position in one command. Literals stand in the text as `{n}` CRLF, their bytes apart.
 

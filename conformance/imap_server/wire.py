@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import ssl
 import zlib
+from typing import TYPE_CHECKING
 
-from conformance.imap_server.server import Server
+if TYPE_CHECKING:
+    from conformance.imap_server.server import Server
 
 _PIECE = 64 * 1024
 LONGEST_LINE = 64 * 1024
