@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ksync_server import outbound
 from ksync_server import settings as configuration
@@ -223,9 +223,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=256 << 10)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=256 << 10)
         if self._watch is None:
             self._watch = self._loop.call_later(_WATCH_S, self._look)
 
@@ -479,7 +478,7 @@ class Connection(asyncio.Protocol):
         for each in arguments:
             if isinstance(each, str):
                 self.write(b" " + each.encode("utf-8", "surrogateescape"))
-            elif (text := imap.quoted(each)) is not None and len(each) < 1000:
+            elif (text := imap.quoted(each, utf8=self.utf8)) is not None and len(each) < 1000:
                 self.write(b" " + text)
             elif await self.literal(len(each), pending):
                 self.write(each)
@@ -562,11 +561,12 @@ class Connection(asyncio.Protocol):
         assert upgraded is not None
         self.connection_made(upgraded)
 
-    async def log_in(self, secret: str, *, compress: bool = False) -> None:
+    async def log_in(self, secret: str, *, utf8: bool, compress: bool) -> None:
         """Log in and turn on what helps.
 
         Args:
             secret: password, or access token.
+            utf8: ask for UTF8=ACCEPT.
             compress: ask for COMPRESS=DEFLATE.
 
         Raises:
@@ -584,7 +584,7 @@ class Connection(asyncio.Protocol):
         if "ID" in self.capabilities:
             with contextlib.suppress(Refused):
                 await self.ask("ID", '("name" "ksync-server")')
-        if "ENABLE" in self.capabilities and "UTF8=ACCEPT" in self.capabilities:
+        if utf8 and {"ENABLE", "UTF8=ACCEPT"} <= self.capabilities:
             with contextlib.suppress(Refused):
                 reply = await self.ask("ENABLE", "UTF8=ACCEPT")
                 self.utf8 = any(
@@ -672,8 +672,14 @@ async def connect(
     secret: str,
     settings: configuration.MailImport,
     private_networks: Networks,
+    *,
+    utf8: bool = False,
 ) -> Connection:
     """A connection that is encrypted as asked, and logged in.
+
+    Args:
+        utf8: take messages with UTF-8 in their headers as they are (RFC 6855): other clients may be given a
+            copy that was made plain. To give messages a server needs no such thing.
 
     Raises:
         Permanent: no such host, one that may not be reached, no TLS, a certificate that cannot be trusted, or
@@ -717,7 +723,7 @@ async def connect(
         try:
             # On this machine compression costs more than it saves.
             far = answered_s > _FAR_S and not is_loopback(address)
-            await made.log_in(secret, compress=far)
+            await made.log_in(secret, utf8=utf8, compress=far)
         except BaseException:
             made.abort()
             raise

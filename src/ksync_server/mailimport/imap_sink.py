@@ -344,6 +344,10 @@ class ImapSink:
         """See `Sink`."""
         await self._connection.close()
 
+    def abort(self) -> None:
+        """See `Sink`."""
+        self._connection.abort()
+
 
 def _copied(status: imap.Status) -> dict[str, str]:
     return _pairs(status.arguments) if status.code == "COPYUID" else {}

@@ -582,7 +582,8 @@ class Importer:
 
     def _came(self, target: Target, handle: str) -> str:
         """Whether a stranger was there before the import began."""
-        return THERE if not handle.isdigit() or int(handle) < target.row.first_next else COPIED
+        ours = int(handle) >= target.row.first_next if handle.isdigit() else f".K{self._import.id}U" in handle
+        return COPIED if ours else THERE
 
     def _copied(
         self,
@@ -727,14 +728,17 @@ class Importer:
 
     # -- rows ---------------------------------------------------------------------------------------
 
+    def counted(self) -> dict[str, Any]:
+        """The counters as a checkpoint keeps them."""
+        return {name: getattr(self.counters, name) for name in Counters.__slots__}
+
     async def _commit(self, effects: Callable[..., object], *arguments: object) -> None:
         """Rows, counters, and the lease, in one transaction."""
-        counters = self.counters
-        fetched = counters.fetched_bytes - self._counted_bytes
+        fetched = self.counters.fetched_bytes - self._counted_bytes
         self._counted_bytes += fetched
         state = {
             **(self._job.state or {}),
-            "counters": {name: getattr(counters, name) for name in Counters.__slots__},
+            "counters": self.counted(),
             "settled": self._settled,
             "singly": self._failed_singly,
         }

@@ -241,6 +241,18 @@ def end(tx: Write, number: int, state: str, report: Mapping[str, object]) -> Non
     )
 
 
+def create_batch(tx: Write, name: str, notify: str = "") -> int:
+    """Imports that are reported on together; its number."""
+    values = {"name": name, "notify": notify, "created_at": int(time.time())}
+    number: int = tx.execute(sa.insert(t.mail_batch).values(values).returning(t.mail_batch.c.id)).scalar_one()
+    return number
+
+
+def end_batch(tx: Write, number: int) -> None:
+    """All of its imports have ended."""
+    tx.execute(sa.update(t.mail_batch).where(t.mail_batch.c.id == number).values(ended_at=int(time.time())))
+
+
 # -- folders --------------------------------------------------------------------------------------
 
 

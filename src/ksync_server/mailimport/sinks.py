@@ -146,7 +146,10 @@ class Sink(Protocol):
         """What the destination says of messages; those that are gone are missing."""
 
     async def close(self) -> None:
-        """End."""
+        """End well."""
+
+    def abort(self) -> None:
+        """End at once, whatever is under way."""
 
 
 _AS_STORED = bytes.maketrans(b"\0", b"\x80")

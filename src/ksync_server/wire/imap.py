@@ -371,10 +371,18 @@ def pairs(value: Value) -> dict[str, Value]:
 _QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*\Z")
 
 
-def quoted(data: bytes) -> bytes | None:
-    """A quoted string, None where only a literal can say it."""
+def quoted(data: bytes, *, utf8: bool = False) -> bytes | None:
+    """A quoted string, None where only a literal can say it.
+
+    Args:
+        utf8: UTF8=ACCEPT is on, so UTF-8 may stand in quotes (RFC 6855 §3).
+    """
     if _QUOTABLE.match(data) is None:
-        return None
+        try:
+            if not utf8 or not data.decode("utf-8").isprintable():
+                return None
+        except UnicodeDecodeError:
+            return None
     return b'"' + data.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
 
 
