@@ -312,7 +312,7 @@ class GmailAccount(Account):
     ) -> None:
         super().__init__(user, password, token=token, quota_bytes=quota_bytes)
         self._label_folder = {"\\Inbox": "INBOX"}
-        self.create(root, "\\Noselect", "\\HasChildren")
+        self.create(root, "\\Noselect")
         for use, name in names.items():
             label = _LABEL_OF_USE.get(use, use)
             self._label_folder[label] = f"{root}/{name}"
