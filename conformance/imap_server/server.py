@@ -20,7 +20,33 @@ from conformance.imap_server.session import Session
 
 # Each capability is a switch: what is not announced is not understood. LITERAL- replaces LITERAL+.
 MODERN = frozenset(
-    ["SASL-IR", "AUTH=PLAIN", "AUTH=XOAUTH2", "AUTH=OAUTHBEARER", "LITERAL+", "MULTIAPPEND", "UIDPLUS", "MOVE", "CONDSTORE", "ENABLE", "ID", "COMPRESS=DEFLATE", "IDLE", "UNSELECT", "NAMESPACE", "CHILDREN", "SPECIAL-USE", "CREATE-SPECIAL-USE", "LIST-EXTENDED", "LIST-STATUS", "STATUS=SIZE", "ESEARCH", "UTF8=ACCEPT", "APPENDLIMIT", "QUOTA"]
+    [
+        "SASL-IR",
+        "AUTH=PLAIN",
+        "AUTH=XOAUTH2",
+        "AUTH=OAUTHBEARER",
+        "LITERAL+",
+        "MULTIAPPEND",
+        "UIDPLUS",
+        "MOVE",
+        "CONDSTORE",
+        "ENABLE",
+        "ID",
+        "COMPRESS=DEFLATE",
+        "IDLE",
+        "UNSELECT",
+        "NAMESPACE",
+        "CHILDREN",
+        "SPECIAL-USE",
+        "CREATE-SPECIAL-USE",
+        "LIST-EXTENDED",
+        "LIST-STATUS",
+        "STATUS=SIZE",
+        "ESEARCH",
+        "UTF8=ACCEPT",
+        "APPENDLIMIT",
+        "QUOTA",
+    ]
 )
 BASIC = frozenset({"AUTH=PLAIN"})  # IMAP4rev1 and nothing else
 GMAIL = MODERN - {"LITERAL+", "MULTIAPPEND", "STATUS=SIZE", "CREATE-SPECIAL-USE"} | {"LITERAL-", "X-GM-EXT-1"}
