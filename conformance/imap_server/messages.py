@@ -55,8 +55,10 @@ async def append(session: Session, cursor: Cursor) -> str:
 
 
 def _check_uploads(session: Session, uploads: list[Mail]) -> None:
-    """All or none (RFC 3502 §6.3.11)."""
+    """All or none; with MULTIAPPEND an empty message cancels the command (RFC 3502 §6.3.11)."""
     limit = session.server.append_limit
+    if session.has("MULTIAPPEND") and not all(mail.body for mail in uploads):
+        raise Refused("an empty message cancels APPEND")
     for mail in uploads:
         if limit is not None and len(mail.body) > limit:
             raise Refused(f"[TOOBIG] at most {limit} bytes")

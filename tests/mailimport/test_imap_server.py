@@ -872,6 +872,16 @@ def test_refusals_at_the_door(code: str) -> None:
             IMAPClient("127.0.0.1", port, ssl=False, timeout=TIMEOUT_S)
 
 
+def test_connections_beyond_the_limit_are_turned_away() -> None:
+    server = filled(most_connections=2)
+    with serving(server) as port, Raw(port) as one, Raw(port) as two:
+        with Raw(port, login=False) as three:
+            assert three.greeting.startswith(b"* BYE [LIMIT]")
+        assert b" OK " in one.ask(b"NOOP")[-1]
+        assert b" OK " in two.ask(b"NOOP")[-1]
+    assert (server.statistics.connections, server.statistics.most_connections) == (3, 3)
+
+
 def test_a_rule_may_name_one_user() -> None:
     accounts = [Account("a@example.org", "a"), Account("b@example.org", "b")]
     accounts[1].add("INBOX", HELLO)
@@ -1129,6 +1139,8 @@ def test_edge_messages_pass_through_unchanged() -> None:
         "long line": mail_corpus.long_line(1_000_000),
     }
     with raw(server) as r:
+        assert b" NO " in r.ask(b"APPEND INBOX {1+}\r\nx {0+}\r\n")[-1]  # RFC 3502 §6.3.11
+        server.features = MODERN - {"MULTIAPPEND"}
         for body in edges.values():
             assert b" OK " in r.ask(b"APPEND INBOX {%d+}\r\n%s" % (len(body), body))[-1]
     assert bodies(server) == list(edges.values())
