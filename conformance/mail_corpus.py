@@ -236,8 +236,8 @@ def fill_gmail(account: GmailAccount, *, seed: int = 1) -> None:
         message_id: str | None = f"<{seed}.{number}@gmail.example.org>"
         if number % 30 == 7:
             message_id = None
-        elif number % 30 == 8 or number % 30 == 23:
-            message_id = previous or message_id
+        elif number % 30 == 23:
+            message_id = previous
         size = round(min(60_000, max(700, writer.random.lognormvariate(math.log(2_400), 0.95))))
         body = writer.message(number, size, date, message_id)
         previous = message_id

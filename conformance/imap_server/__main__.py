@@ -6,7 +6,7 @@ import argparse
 import json
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from conformance import mail_corpus
@@ -107,7 +107,8 @@ def main() -> None:
         print(port, flush=True)
         signal.sigwait(stop_signals)
     if options.stats:
-        json.dump({**asdict(server.statistics), "violations": server.violations}, sys.stdout)
+        counted = {one.name: getattr(server.statistics, one.name) for one in fields(server.statistics)}
+        json.dump({**counted, "violations": server.violations}, sys.stdout, default=asdict)
         print()
 
 

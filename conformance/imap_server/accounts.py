@@ -209,7 +209,7 @@ class Account:
         parts = name.split(self.separator) if self.separator else [name]
         for depth in range(1, len(parts) + 1):
             level = (self.separator or "").join(parts[:depth])
-            if level not in self.folders and level + (self.separator or "") != self.prefix:
+            if level not in self.folders and (level == name or level + (self.separator or "") != self.prefix):
                 self._uid_validity += 1
                 self.folders[level] = Folder(self, level, self._uid_validity)
         self.folders[name].attributes |= set(attributes)
@@ -312,7 +312,7 @@ class GmailAccount(Account):
     ) -> None:
         super().__init__(user, password, token=token, quota_bytes=quota_bytes)
         self._label_folder = {"\\Inbox": "INBOX"}
-        self.create(root, "\\Noselect", "\\HasChildren")
+        self.create(root, "\\Noselect")
         for use, name in names.items():
             label = _LABEL_OF_USE.get(use, use)
             self._label_folder[label] = f"{root}/{name}"

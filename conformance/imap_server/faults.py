@@ -20,7 +20,7 @@ class Bye:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Close without a word; on a count of bytes, within the literal."""
+    """Close without a word; with `after_bytes` at that very byte, within the literal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,15 @@ Action = Bye | Drop | No | Bad | Stall | Pour | Run
 class Rule:
     """When to do what.
 
-    An occasion is the start or the end of a command, or the `at_message`-th message of a FETCH answer, or the
-    moment a connection has sent `after_bytes` of message bodies. Occasions are counted over all connections:
-    the first that is hit is the `nth`, then `times` in a row (None: all). Only one rule is hit at a time.
+    An occasion is the start or the end of a command or the middle of its literal, or the `at_message`-th message
+    of a FETCH answer, or the moment a connection has sent `after_bytes` of message bodies, whatever the command.
+    Occasions are counted over all connections: the first that is hit is the `nth`, then `times` in a row
+    (None: all). `Rule(Bye(), after_bytes=n, times=None)` says BYE every n bytes.
 
     Attributes:
         command: such as `UID FETCH` or `APPEND`; `CONNECT` is the greeting; `*` any.
-        when: `end` is after the command has worked, before its tagged answer.
+        when: `end` is after the command has worked, before its tagged answer; `literal` when half of each literal
+            it sends has come (Bye, Drop, Stall and Run only: the rest of the literal is on its way).
         user: only on connections logged in as this user.
     """
 
@@ -82,7 +84,7 @@ class Rule:
     command: str = "*"
     nth: int = 1
     times: int | None = 1
-    when: Literal["start", "end"] = "start"
+    when: Literal["start", "literal", "end"] = "start"
     at_message: int | None = None
     after_bytes: int | None = None
     user: str | None = None

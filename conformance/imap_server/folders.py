@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 async def namespace(session: Session, cursor: Cursor) -> str:
+    """NAMESPACE: one, personal."""
     session.need("NAMESPACE")
     cursor.end()
     prefix = syntax.string(syntax.to_utf7(session.mine.prefix)).decode()
@@ -47,17 +48,25 @@ def _wire_name(session: Session, folder: Folder) -> bytes:
     return syntax.string(name)
 
 
-def _attributes(session: Session, folder: Folder, special: bool) -> str:
+def _attributes(session: Session, folder: Folder, parents: set[str], special: bool) -> set[str]:
     attributes = {a for a in folder.attributes if special or a not in SPECIAL_USES}
-    separator = session.mine.separator
-    if session.has("CHILDREN") and not attributes & {"\\HasChildren", "\\HasNoChildren"}:
-        above = folder.name + (separator or "")
-        has = bool(separator) and any(n.startswith(above) and n != folder.name for n in session.mine.folders)
-        attributes.add("\\HasChildren" if has else "\\HasNoChildren")
-    return f"({' '.join(sorted(attributes))})"
+    if session.has("CHILDREN"):
+        attributes.add("\\HasChildren" if folder.name in parents else "\\HasNoChildren")
+    return attributes
+
+
+def _parents(names: Iterable[str], separator: str | None) -> set[str]:
+    """The names that have a level below them."""
+    found: set[str] = set()
+    for name in names:
+        while separator and separator in name:
+            name = name.rpartition(separator)[0]
+            found.add(name)
+    return found
 
 
 async def list_(session: Session, cursor: Cursor) -> str:
+    """LIST, plain and extended."""
     cursor.space()
     selection: list[str] = []
     if cursor.peek(b"("):
@@ -74,28 +83,32 @@ async def list_(session: Session, cursor: Cursor) -> str:
     returned: list[str] = []
     status: list[str] = []
     if cursor.take(b" RETURN "):
-        if not (session.has("LIST-EXTENDED") or session.has("LIST-STATUS") or session.has("SPECIAL-USE")):
-            raise Malformed("LIST RETURN was not announced")
+        if not session.has("LIST-STATUS"):
+            session.need("LIST-EXTENDED")
         returned, status = _return_options(session, cursor)
     cursor.end()
     unknown = set(selection) - {"SUBSCRIBED", "REMOTE", "RECURSIVEMATCH", "SPECIAL-USE"}
     unknown |= set(returned) - {"SUBSCRIBED", "CHILDREN", "SPECIAL-USE", "STATUS"}
+    if "SPECIAL-USE" in [*selection, *returned]:
+        session.need("SPECIAL-USE")
     if unknown:
         raise Malformed(f"LIST with {' '.join(sorted(unknown))}")
     if patterns == [b""]:
         await session.untagged(b'LIST (\\Noselect) %s ""' % _separator(session))
         return ""
     special = session.has("SPECIAL-USE") and (not returned or "SPECIAL-USE" in returned or bool(selection))
+    parents = _parents(session.mine.folders, session.mine.separator)
     for folder in _matching(session, reference, patterns):
         if "SUBSCRIBED" in selection and not folder.subscribed:
             continue
         if "SPECIAL-USE" in selection and not folder.attributes & set(SPECIAL_USES):
             continue
-        attributes = _attributes(session, folder, special)
+        attributes = _attributes(session, folder, parents, special)
         if folder.subscribed and "SUBSCRIBED" in [*selection, *returned]:
-            attributes = attributes.replace("(", "(\\Subscribed ", 1).replace(" )", ")")
+            attributes.add("\\Subscribed")
+        listed = " ".join(sorted(attributes)).encode()
         await session.untagged(
-            b"LIST %s %s %s" % (attributes.encode(), _separator(session), _wire_name(session, folder))
+            b"LIST (%s) %s %s" % (listed, _separator(session), _wire_name(session, folder))
         )
         if status and folder.selectable:
             await _status_of(session, folder, status)
@@ -117,19 +130,15 @@ def _return_options(session: Session, cursor: Cursor) -> tuple[list[str], list[s
 
 
 def _matching(session: Session, reference: bytes, patterns: Iterable[bytes]) -> list[Folder]:
-    tests = [
-        matcher(
-            decoded(reference + pattern, utf8=session.utf8),
-            session.mine.separator,
-        )
-        for pattern in patterns
-    ]
+    separator = session.mine.separator
+    tests = [matcher(decoded(reference + pattern, utf8=session.utf8), separator) for pattern in patterns]
     return [
         folder for folder in list(session.mine.folders.values()) if any(test(folder.name) for test in tests)
     ]
 
 
 async def lsub(session: Session, cursor: Cursor) -> str:
+    """LSUB."""
     cursor.space()
     reference = cursor.mailbox()
     cursor.space()
@@ -155,6 +164,7 @@ def _status_item(session: Session, cursor: Cursor) -> str:
 
 
 async def status(session: Session, cursor: Cursor) -> str:
+    """STATUS."""
     cursor.space()
     folder = _find(session, cursor)
     cursor.space()
@@ -186,10 +196,12 @@ async def _status_of(session: Session, folder: Folder, items: Iterable[str]) -> 
 
 
 async def select(session: Session, cursor: Cursor) -> str:
+    """SELECT."""
     return await _open(session, cursor, read_only=False)
 
 
 async def examine(session: Session, cursor: Cursor) -> str:
+    """EXAMINE."""
     return await _open(session, cursor, read_only=True)
 
 
@@ -228,8 +240,14 @@ async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
 
 
 async def create(session: Session, cursor: Cursor) -> str:
+    """CREATE, with USE (RFC 6154)."""
     cursor.space()
     wire_name = cursor.mailbox()
+    uses: list[str] = []
+    if cursor.take(b" (USE "):
+        session.need("CREATE-SPECIAL-USE")
+        uses = cursor.listed(cursor.special_use)
+        cursor.expect(b")")
     cursor.end()
     name = decoded(wire_name, utf8=session.utf8)
     account = session.mine
@@ -239,11 +257,14 @@ async def create(session: Session, cursor: Cursor) -> str:
         raise Refused(f"[CANNOT] a name begins with {account.prefix}")
     if name in account.folders:
         raise Refused("[ALREADYEXISTS] there is one")
-    account.create(name).subscribed = False
+    if any(set(uses) & folder.attributes for folder in account.folders.values()):
+        raise Refused("[USEATTR] there is one for this use")
+    account.create(name, *uses).subscribed = False
     return ""
 
 
 async def delete(session: Session, cursor: Cursor) -> str:
+    """DELETE."""
     cursor.space()
     folder = _find(session, cursor)
     cursor.end()
@@ -254,10 +275,12 @@ async def delete(session: Session, cursor: Cursor) -> str:
 
 
 async def subscribe(session: Session, cursor: Cursor) -> str:
+    """SUBSCRIBE."""
     return _subscribe(session, cursor, True)
 
 
 async def unsubscribe(session: Session, cursor: Cursor) -> str:
+    """UNSUBSCRIBE."""
     return _subscribe(session, cursor, False)
 
 
@@ -270,6 +293,7 @@ def _subscribe(session: Session, cursor: Cursor, wanted: bool) -> str:
 
 
 async def getquotaroot(session: Session, cursor: Cursor) -> str:
+    """GETQUOTAROOT: one root for all."""
     session.need("QUOTA")
     cursor.space()
     folder = _find(session, cursor)
@@ -280,6 +304,7 @@ async def getquotaroot(session: Session, cursor: Cursor) -> str:
 
 
 async def getquota(session: Session, cursor: Cursor) -> str:
+    """GETQUOTA."""
     session.need("QUOTA")
     cursor.space()
     if cursor.astring() != b"":

@@ -12,27 +12,39 @@ from conformance.imap_server.syntax import Cursor, Malformed, Refused
 if TYPE_CHECKING:
     from conformance.imap_server.session import Session
 
+_BEARER = {
+    "XOAUTH2": re.compile("user=([^\x01]+)\x01auth=Bearer ([^\x01]+)\x01\x01"),
+    "OAUTHBEARER": re.compile(
+        "n,a=([^,\x01]+),\x01(?:host=[^\x01]+\x01port=\\d+\x01)?auth=Bearer ([^\x01]+)\x01\x01"
+    ),
+}
+_NOTHING = re.compile(r"(?!)")
+
 
 async def capability(session: Session, cursor: Cursor) -> str:
+    """CAPABILITY."""
     cursor.end()
     await session.untagged(f"CAPABILITY {session.capabilities()}")
     return ""
 
 
 async def noop(session: Session, cursor: Cursor) -> str:
+    """NOOP; what changed is told as after every command."""
     cursor.end()
     return ""
 
 
 async def logout(session: Session, cursor: Cursor) -> str:
+    """LOGOUT."""
     cursor.end()
     await session.untagged("BYE see you")
-    session._ended = True
+    session.ended = True
     session.selected = None
     return ""
 
 
 async def identify(session: Session, cursor: Cursor) -> str:
+    """ID (RFC 2971)."""
     session.need("ID")
     cursor.space()
     if not cursor.take(b"NIL"):
@@ -49,6 +61,7 @@ async def identify(session: Session, cursor: Cursor) -> str:
 
 
 async def starttls(session: Session, cursor: Cursor) -> str:
+    """STARTTLS; the upgrade comes after its answer."""
     cursor.end()
     if session.server.tls != "starttls" or session.secure:
         raise Malformed("STARTTLS was not announced")
@@ -64,6 +77,7 @@ def _private(session: Session) -> None:
 
 
 async def login(session: Session, cursor: Cursor) -> str:
+    """LOGIN."""
     cursor.space()
     user = cursor.text()
     cursor.space()
@@ -87,6 +101,7 @@ def _log_in(session: Session, user: str, password: str | None, token: str | None
 
 
 async def authenticate(session: Session, cursor: Cursor) -> str:
+    """AUTHENTICATE PLAIN, XOAUTH2 and OAUTHBEARER, with or without SASL-IR."""
     cursor.space()
     mechanism = cursor.word()
     if session.secure:
@@ -108,15 +123,16 @@ async def authenticate(session: Session, cursor: Cursor) -> str:
         if len(parts) != 3:
             raise Malformed("PLAIN takes three parts")
         return _log_in(session, parts[1], parts[2])
-    found = re.fullmatch("user=([^\x01]+)\x01auth=Bearer ([^\x01]+)\x01\x01", words)
+    found = _BEARER.get(mechanism, _NOTHING).fullmatch(words)
     if not found:
-        raise Malformed("XOAUTH2 in another form")
+        raise Malformed(f"{mechanism} in another form")
     try:
         return _log_in(session, found[1], None, found[2])
     except Refused:
         problem = b'{"status":"400","schemes":"Bearer","scope":"https://mail.example.org/"}'
-        if await _challenge(session, base64.b64encode(problem)):
-            session.violation("an answer to XOAUTH2's error that is not empty")
+        expected = b"" if mechanism == "XOAUTH2" else b"AQ=="  # RFC 7628 §3.2.3
+        if await _challenge(session, base64.b64encode(problem)) != expected:
+            session.violation(f"an answer to the error of {mechanism} that is not {expected!r}")
         raise
 
 
@@ -132,12 +148,13 @@ async def _challenge(session: Session, text: bytes) -> bytes:
 
 
 async def compress(session: Session, cursor: Cursor) -> str:
+    """COMPRESS DEFLATE; it begins after its answer."""
     session.need("COMPRESS=DEFLATE")
     cursor.space()
     if cursor.word() != "DEFLATE":
         raise Malformed("only DEFLATE")
     cursor.end()
-    if session._compressed:
+    if session.compressed:
         raise Refused("[COMPRESSIONACTIVE] already")
     if session.wire.pending():
         session.violation("commands sent behind COMPRESS before its answer")
@@ -145,6 +162,7 @@ async def compress(session: Session, cursor: Cursor) -> str:
 
 
 async def enable(session: Session, cursor: Cursor) -> str:
+    """ENABLE of CONDSTORE and UTF8=ACCEPT."""
     session.need("ENABLE")
     names = []
     while cursor.take(b" "):

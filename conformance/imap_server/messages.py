@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 async def append(session: Session, cursor: Cursor) -> str:
+    """APPEND of one or, with MULTIAPPEND, several messages: all or none."""
     cursor.space()
     wire_name = cursor.mailbox()
     uploads: list[Mail] = []
@@ -54,8 +55,10 @@ async def append(session: Session, cursor: Cursor) -> str:
 
 
 def _check_uploads(session: Session, uploads: list[Mail]) -> None:
-    """All or none (RFC 3502 §6.3.11)."""
+    """All or none; with MULTIAPPEND an empty message cancels the command (RFC 3502 §6.3.11)."""
     limit = session.server.append_limit
+    if session.has("MULTIAPPEND") and not all(mail.body for mail in uploads):
+        raise Refused("an empty message cancels APPEND")
     for mail in uploads:
         if limit is not None and len(mail.body) > limit:
             raise Refused(f"[TOOBIG] at most {limit} bytes")
@@ -83,56 +86,63 @@ def _writable(session: Session) -> Folder:
 
 
 async def check(session: Session, cursor: Cursor) -> str:
+    """CHECK."""
     cursor.end()
     return ""
 
 
 async def close(session: Session, cursor: Cursor) -> str:
+    """CLOSE: expunges silently unless opened with EXAMINE."""
     cursor.end()
     selected = session.opened
     if not selected.read_only:
-        for uid in _deleted(session, selected.folder):
+        for uid in _deleted(selected.folder):
             session.mine.expunge(selected.folder, uid)
     session.selected = None
     return ""
 
 
 async def unselect(session: Session, cursor: Cursor) -> str:
+    """UNSELECT."""
     session.need("UNSELECT")
     cursor.end()
     session.selected = None
     return ""
 
 
-def _deleted(session: Session, folder: Folder) -> list[int]:
+def _deleted(folder: Folder) -> list[int]:
     return [uid for uid, mail in list(folder.entries.items()) if "\\Deleted" in mail.flags]
 
 
 async def expunge(session: Session, cursor: Cursor) -> str:
+    """EXPUNGE."""
     cursor.end()
     folder = _writable(session)
-    for uid in _deleted(session, folder):
+    for uid in _deleted(folder):
         session.mine.expunge(folder, uid)
     return ""
 
 
 async def uid_expunge(session: Session, cursor: Cursor) -> str:
+    """UID EXPUNGE."""
     session.need("UIDPLUS")
     cursor.space()
     chosen = {uid for _, uid in session.chosen(cursor, by_uid=True)}
     cursor.end()
     folder = _writable(session)
-    for uid in _deleted(session, folder):
+    for uid in _deleted(folder):
         if uid in chosen:
             session.mine.expunge(folder, uid)
     return ""
 
 
 async def store(session: Session, cursor: Cursor) -> str:
+    """STORE by sequence numbers."""
     return await _store(session, cursor, by_uid=False)
 
 
 async def uid_store(session: Session, cursor: Cursor) -> str:
+    """UID STORE."""
     return await _store(session, cursor, by_uid=True)
 
 
@@ -154,6 +164,7 @@ async def _store(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
     cursor.end()
     folder = _writable(session)
     flags = _permitted(session, flags)
+    await session.tell(expunges=False)  # what others did first
     for number, uid in chosen:
         mail = folder.entries.get(uid)
         if not mail:
@@ -169,18 +180,22 @@ async def _store(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
 
 
 async def copy(session: Session, cursor: Cursor) -> str:
+    """COPY by sequence numbers."""
     return await _copy(session, cursor, by_uid=False, move=False)
 
 
 async def uid_copy(session: Session, cursor: Cursor) -> str:
+    """UID COPY."""
     return await _copy(session, cursor, by_uid=True, move=False)
 
 
 async def move(session: Session, cursor: Cursor) -> str:
+    """MOVE by sequence numbers."""
     return await _copy(session, cursor, by_uid=False, move=True)
 
 
 async def uid_move(session: Session, cursor: Cursor) -> str:
+    """UID MOVE."""
     return await _copy(session, cursor, by_uid=True, move=True)
 
 
@@ -215,6 +230,7 @@ async def _copy(session: Session, cursor: Cursor, *, by_uid: bool, move: bool) -
 
 
 async def idle(session: Session, cursor: Cursor) -> str:
+    """IDLE: tells changes until DONE."""
     session.need("IDLE")
     cursor.end()
     await session.wire.write(b"+ idling\r\n")
@@ -222,7 +238,7 @@ async def idle(session: Session, cursor: Cursor) -> str:
     waiting = asyncio.create_task(session.wire.line())
     try:
         while not (await asyncio.wait({waiting}, timeout=0.05))[0]:
-            await session._told(expunges=True)
+            await session.tell(expunges=True)
             await session.wire.flush()
     finally:
         waiting.cancel()

@@ -24,6 +24,7 @@ MODERN = frozenset(
         "SASL-IR",
         "AUTH=PLAIN",
         "AUTH=XOAUTH2",
+        "AUTH=OAUTHBEARER",
         "LITERAL+",
         "MULTIAPPEND",
         "UIDPLUS",
@@ -37,6 +38,7 @@ MODERN = frozenset(
         "NAMESPACE",
         "CHILDREN",
         "SPECIAL-USE",
+        "CREATE-SPECIAL-USE",
         "LIST-EXTENDED",
         "LIST-STATUS",
         "STATUS=SIZE",
@@ -46,11 +48,8 @@ MODERN = frozenset(
         "QUOTA",
     ]
 )
-BASIC = frozenset({"AUTH=PLAIN"})  # IMAP4rev1 as of 1996
-GMAIL = (MODERN - {"LITERAL+", "MULTIAPPEND", "ESEARCH", "LIST-EXTENDED", "STATUS=SIZE"}) | {
-    "X-GM-EXT-1",
-    "LITERAL-",
-}
+BASIC = frozenset({"AUTH=PLAIN"})  # IMAP4rev1 and nothing else
+GMAIL = MODERN - {"LITERAL+", "MULTIAPPEND", "STATUS=SIZE", "CREATE-SPECIAL-USE"} | {"LITERAL-", "X-GM-EXT-1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +67,7 @@ class Statistics:
 
     logins: list[Login] = field(default_factory=list)
     connections: int = 0
+    most_connections: int = 0  # at one time
     commands: Counter[str] = field(default_factory=Counter)
     body_fetches: Counter[int] = field(
         default_factory=Counter
@@ -89,6 +89,7 @@ class Server:
         rules: what goes wrong when; may be changed while the server runs.
         delay_s: pause before each command, as a distant server has.
         bytes_per_s: largest rate of what is sent on one connection.
+        most_connections: further ones are greeted with BYE [LIMIT].
         append_limit: largest message in bytes taken by APPEND.
         refuse_append: asked about each uploaded message.
         keywords: `any` stores each; `refused` answers NO to an APPEND or a STORE with an unknown one; `dropped`
@@ -110,6 +111,7 @@ class Server:
         rules: Sequence[Rule] = (),
         delay_s: float = 0,
         bytes_per_s: float | None = None,
+        most_connections: int | None = None,
         append_limit: int | None = None,
         refuse_append: Refusal | None = None,
         keywords: Literal["any", "refused", "dropped"] = "any",
@@ -127,6 +129,7 @@ class Server:
         self.rules = list(rules)
         self.delay_s = delay_s
         self.bytes_per_s = bytes_per_s
+        self.most_connections = most_connections
         self.append_limit = append_limit
         self.refuse_append = refuse_append
         self.keywords = keywords
@@ -185,9 +188,15 @@ class Server:
         assert task
         self._sessions.add(task)
         self.statistics.connections += 1
+        self.statistics.most_connections = max(self.statistics.most_connections, len(self._sessions))
+        full = self.most_connections is not None and len(self._sessions) > self.most_connections
         session = Session(self, reader, writer)
         try:
-            await session.run()
+            if full:
+                await session.untagged("BYE [LIMIT] Too many simultaneous connections")
+                await session.wire.close()
+            else:
+                await session.run()
         except (ConnectionError, asyncio.IncompleteReadError, ssl.SSLError, asyncio.CancelledError):
             pass  # the client's or the rules' doing
         except Exception:

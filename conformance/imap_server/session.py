@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ class Selected:
     uids: list[int]  # by sequence number
     uid_validity: int
     modseq: int  # up to which changes of flags were told
+    counted: int  # up to which modification number `uids` is true
 
 
 class Session:
@@ -53,10 +55,10 @@ class Session:
         self.enabled: set[str] = set()
         self.body_bytes = 0  # sent on this connection
         self.tag = b"*"  # of the command at hand
+        self.compressed = False
+        self.ended = False
         self._seen_tags: set[bytes] = set()
-        self._compressed = False
-        self._ended = False
-        self._rule_bytes: dict[int, int] = {}
+        self._due_after_message: list[Rule] = []
 
     # features
 
@@ -93,7 +95,7 @@ class Session:
         try:
             await self._disturb("CONNECT", "start")
             await self.untagged(f"OK [CAPABILITY {self.capabilities()}] ready")
-            while not self._ended:
+            while not self.ended:
                 await self.wire.flush()
                 await self._command()
         except Refused as refused:  # a rule for CONNECT
@@ -149,7 +151,7 @@ class Session:
         await self._disturb(name, "start")
         text = await handler(self, cursor)
         await self._disturb(name, "end")
-        await self._told(expunges=name not in ("FETCH", "STORE", "SEARCH"))
+        await self.tell(expunges=name not in ("FETCH", "STORE", "SEARCH"))
         await self._tagged("OK", text or "done")
         if name == "STARTTLS":
             await self._start_tls()
@@ -186,7 +188,9 @@ class Session:
             if waits:
                 await self.wire.write(b"+ go ahead\r\n")
                 await self.wire.flush()
-            literals.append(await self.wire.exactly(size))
+            first = await self.wire.exactly(size // 2)
+            await self._disturb(_command_of(text), "literal")
+            literals.append(first + await self.wire.exactly(size - len(first)))
             if not waits:
                 self._check_unasked(size, line)
 
@@ -198,8 +202,7 @@ class Session:
 
     def _literal_refusal(self, text: bytes, size: int) -> str | None:
         """Whether an APPEND is refused before its message is sent, as good servers do."""
-        words = text.split(b" ", 2)
-        if len(words) < 2 or words[1].upper() != b"APPEND" or not self.account:
+        if _command_of(text) != "APPEND" or not self.account:
             return None
         limit = self.server.append_limit
         if limit is not None and size > limit:
@@ -207,6 +210,7 @@ class Session:
         return self.quota_refusal(size) if size > _SMALL_LITERAL else None
 
     def quota_refusal(self, size: int) -> str | None:
+        """What to say if so many bytes more do not fit."""
         quota = self.account.quota_bytes if self.account else None
         if quota is not None and self.account and self.account.used_bytes + size > quota:
             return "[OVERQUOTA] Not enough disk quota"
@@ -215,7 +219,8 @@ class Session:
     def open(self, folder: Folder, *, read_only: bool) -> None:
         """Select a folder as it stands."""
         uids = list(folder.entries)
-        self.selected = Selected(folder, read_only, uids, folder.uid_validity, folder.highest_modseq)
+        modseq = folder.highest_modseq
+        self.selected = Selected(folder, read_only, uids, folder.uid_validity, modseq, modseq)
 
     def violation(self, what: str, line: bytes = b"") -> None:
         """Note what the client did wrong."""
@@ -238,10 +243,13 @@ class Session:
             if rule.at_message == position and rule.due():
                 await self._act(rule.do)
 
-    def _rules(self, command: str) -> list[Rule]:
+    def _rules(self, command: str | None) -> list[Rule]:
+        """Rules for a command (None: whatever the command) and this user."""
         user = self.account.user if self.account else None
         return [
-            rule for rule in self.server.rules if rule.command in ("*", command) and rule.user in (None, user)
+            rule
+            for rule in self.server.rules
+            if (command is None or rule.command in ("*", command)) and rule.user in (None, user)
         ]
 
     async def _act(self, action: Action) -> None:
@@ -250,8 +258,6 @@ class Session:
                 await self.untagged(f"BYE {text}")
                 raise Closed
             case Drop():
-                await self.wire.flush()
-                self.wire.abort()
                 raise Closed
             case No(text):
                 raise Refused(text)
@@ -271,21 +277,18 @@ class Session:
                 await self.wire.write(tail)
 
     async def body(self, data: bytes) -> None:
-        """Write a message's bytes, counting them; a Drop rule may cut them short."""
-        for rule in self._rules("*"):
-            if rule.after_bytes is None or rule.command != "*":
+        """Write a message's bytes, counting them. Drop and Stall cut into them, the rest waits for their end."""
+        for rule in self._rules(None):
+            if rule.after_bytes is None:
                 continue
             left = rule.after_bytes - self.body_bytes
             if 0 <= left < len(data) and rule.due():
-                if isinstance(rule.do, Drop):
+                if isinstance(rule.do, Drop | Stall):
                     await self._count(data[:left])
-                    await self._act(rule.do)
-                elif isinstance(rule.do, Stall):
-                    await self._count(data[:left])
-                    await self._act(rule.do)
                     data = data[left:]
+                    await self._act(rule.do)
                 else:
-                    self._rule_bytes[id(rule)] = 1
+                    self._due_after_message.append(rule)
         await self._count(data)
 
     async def _count(self, data: bytes) -> None:
@@ -295,13 +298,13 @@ class Session:
 
     async def after_message(self) -> None:
         """Rules on a count of bytes that do not cut a literal act once the message is whole."""
-        for rule in [rule for rule in self.server.rules if id(rule) in self._rule_bytes]:
-            del self._rule_bytes[id(rule)]
+        due, self._due_after_message = self._due_after_message, []
+        for rule in due:
             await self._act(rule.do)
 
     # what the client must be told
 
-    async def _told(self, *, expunges: bool) -> None:
+    async def tell(self, *, expunges: bool) -> None:
         """EXPUNGE, EXISTS and FETCH FLAGS for what others changed in the selected folder."""
         selected = self.selected
         if not selected:
@@ -310,16 +313,19 @@ class Session:
         if folder.uid_validity != selected.uid_validity:
             await self.untagged(f"BYE [UIDVALIDITY {folder.uid_validity}] mailbox was rebuilt")
             raise Closed
-        if expunges:
-            gone = [n for n, uid in enumerate(selected.uids, 1) if uid not in folder.entries]
-            for number in reversed(gone):
-                await self.untagged(f"{number} EXPUNGE")
-                del selected.uids[number - 1]
-        newest = selected.uids[-1] if selected.uids else 0
-        new = [uid for uid in folder.entries if uid > newest]
-        if new:
-            selected.uids += new
-            await self.untagged(f"{len(selected.uids)} EXISTS")
+        new: list[int] = []
+        if folder.highest_modseq > selected.counted:
+            if expunges:
+                gone = [n for n, uid in enumerate(selected.uids, 1) if uid not in folder.entries]
+                for number in reversed(gone):
+                    await self.untagged(f"{number} EXPUNGE")
+                    del selected.uids[number - 1]
+                selected.counted = folder.highest_modseq
+            newest = selected.uids[-1] if selected.uids else 0
+            new = [uid for uid in folder.entries if uid > newest]
+            if new:
+                selected.uids += new
+                await self.untagged(f"{len(selected.uids)} EXISTS")
         if folder.highest_modseq > selected.modseq:
             known, selected.modseq = selected.modseq, folder.highest_modseq
             for number, uid in enumerate(selected.uids, 1):
@@ -343,19 +349,17 @@ class Session:
     async def _start_compress(self) -> None:
         await self.wire.flush()
         self.wire.compress()
-        self._compressed = True
-
-    # folders
+        self.compressed = True
 
     @property
     def mine(self) -> Account:
+        """The account; commands that ask for it come after the login."""
         assert self.account
         return self.account
 
-    # the selected folder
-
     @property
     def opened(self) -> Selected:
+        """The selected folder; commands that ask for it come after SELECT."""
         assert self.selected
         return self.selected
 
@@ -364,11 +368,16 @@ class Session:
         ranges = cursor.sequence_set()
         known = self.opened.uids
         if by_uid:
-            places = {uid: number for number, uid in enumerate(known, 1)}
-            return [(places[uid], uid) for uid in syntax.members(ranges, known)]
+            return [(bisect_left(known, uid) + 1, uid) for uid in syntax.members(ranges, known)]
         if any(end is not None and end > len(known) for pair in ranges for end in pair) or not known:
             raise Malformed("a sequence number beyond the mailbox")
         return [(number, known[number - 1]) for number in syntax.members(ranges, range(1, len(known) + 1))]
+
+
+def _command_of(text: bytes) -> str:
+    """The command of a line that may not be whole yet."""
+    words = text.split(b" ", 2)
+    return words[1].decode("ascii", "replace").upper() if len(words) > 1 else ""
 
 
 def _flag_list(flags: Iterable[str]) -> str:

@@ -77,8 +77,8 @@ class Cursor:
         return self._line[self._at :]
 
     def peek(self, text: bytes) -> bool:
-        """Whether `text` comes next."""
-        return self._line.startswith(text, self._at)
+        """Whether `text` comes next, in any case."""
+        return self._line[self._at : self._at + len(text)].upper() == text.upper()
 
     def take(self, text: bytes) -> bool:
         """Pass over `text` if it comes next."""
@@ -197,6 +197,11 @@ class Cursor:
             if known.lower() == flag.lower():
                 return known
         raise Malformed(f"{flag} is no flag that a client may set")
+
+    def special_use(self) -> str:
+        """An attribute such as `\\Sent` (RFC 6154)."""
+        self.expect(b"\\")
+        return "\\" + self.atom().capitalize()
 
     def date_time(self) -> datetime.datetime:
         """`"dd-Mon-yyyy hh:mm:ss +zzzz"`."""

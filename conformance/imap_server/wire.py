@@ -92,7 +92,7 @@ class Wire:
 
     def compress(self) -> None:
         """From here on both directions are DEFLATE (RFC 4978)."""
-        self._deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
+        self._deflate = zlib.compressobj(1, zlib.DEFLATED, -15)
         self._inflate = zlib.decompressobj(-15)
 
     async def start_tls(self, context: ssl.SSLContext) -> None:
