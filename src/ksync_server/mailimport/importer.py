@@ -53,6 +53,7 @@ class Counters:
     gone: int = 0  # deleted at the source while we were at it
     flags: int = 0  # messages whose flags were carried later
     checked: int = 0  # that the destination was asked for at the end
+    commands: int = 0  # to both servers
     fetched_bytes: int = 0
     copied_bytes: int = 0
     different: int = 0
@@ -108,6 +109,7 @@ class Target:
     dated: dict[int, list[str]] = field(default_factory=dict)  # time received -> handles that may be ours
     digests: dict[str, bytes] = field(default_factory=dict)
     retired: dict[bytes, list[Copy]] = field(default_factory=dict)  # by SHA-256
+    newest: int = 0  # UID of the newest copy in this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +199,8 @@ class Importer:
                 continue
             await self._folder(folder, row, _Route(folder, self._target_of(folder, where, roles), where))
         for target in self._targets.values():  # nobody need ask any more what is there
-            held = await self._sink.ensure(target.name)
-            await self._write(records.settle_target, target.row.id, held.uid_next)
+            await self._write(records.settle_target, target.row.id, target.newest + 1)
+        self.counters.commands += self._source.connection.commands + self._sink.commands
 
     def _choose(self, folders: Sequence[Folder]) -> list[Folder]:
         if not self._source.is_gmail or self._options.gmail != "message":
@@ -702,6 +704,8 @@ class Importer:
         for target_id, wanted in fresh.items():
             name = self._names[target_id]
             found = {handle: seen async for handle, seen in self._sink.look(name, wanted)}
+            if target := self._targets.get(name):
+                target.newest = max([target.newest, *(int(handle) for handle in found if handle.isdigit())])
             again = {}
             for handle, copy in wanted.items():
                 seen = found.get(handle)
