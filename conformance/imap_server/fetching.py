@@ -95,13 +95,14 @@ async def _fetch(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
     """Answer FETCH or UID FETCH; a message that is gone is left out (RFC 9051 §6.4.9)."""
     command = "UID FETCH" if by_uid else "FETCH"
     cursor.space()
-    chosen = session.chosen(cursor, by_uid=by_uid)
+    chosen, ranges = session.chosen(cursor, by_uid=by_uid), cursor.ranges
     cursor.space()
     wanted = _wanted(session, cursor)
-    since = None
+    since, vanished = None, False
     if cursor.take(b" (CHANGEDSINCE "):
         session.need("CONDSTORE")
         since = cursor.number()
+        vanished = cursor.take(b" VANISHED")
         cursor.expect(b")")
     cursor.end()
     selected = session.selected
@@ -112,6 +113,10 @@ async def _fetch(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
         if not selected.folder.has_modseq:
             raise Malformed("MODSEQ of a mailbox with NOMODSEQ")
         session.enabled.add("CONDSTORE")
+    if vanished and since is not None:
+        if not by_uid or "QRESYNC" not in session.enabled:
+            raise Malformed("VANISHED is for UID FETCH after ENABLE QRESYNC")
+        await session.tell_vanished(selected.folder, since, ranges)
     if since is not None and "MODSEQ" not in wanted:
         wanted.append("MODSEQ")
     if by_uid and "UID" not in wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conformance.imap_server import syntax
@@ -209,11 +210,13 @@ async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
     session.selected = None
     cursor.space()
     folder = _find(session, cursor)
-    if cursor.take(b" "):
+    known = None
+    if cursor.take(b" (CONDSTORE)"):
         session.need("CONDSTORE")
-        if cursor.listed(cursor.word) != ["CONDSTORE"]:
-            raise Malformed("an unknown parameter of SELECT")
         session.enabled.add("CONDSTORE")
+    elif cursor.take(b" (QRESYNC "):
+        known = _known(session, cursor)
+        cursor.expect(b")")
     cursor.end()
     if not folder.selectable:
         raise Refused("[CANNOT] not selectable")
@@ -231,12 +234,45 @@ async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
     await session.untagged(f"OK [UIDVALIDITY {folder.uid_validity}] valid")
     await session.untagged(f"OK [UIDNEXT {folder.uid_next}] next")
     if session.has("CONDSTORE"):
-        known = folder.has_modseq
-        await session.untagged(
-            f"OK [HIGHESTMODSEQ {folder.highest_modseq}] highest" if known else "OK [NOMODSEQ] none"
-        )
+        highest = f"OK [HIGHESTMODSEQ {folder.highest_modseq}] highest"
+        await session.untagged(highest if folder.has_modseq else "OK [NOMODSEQ] none")
     session.open(folder, read_only=read_only)
+    if known and folder.has_modseq and known.uid_validity == folder.uid_validity:
+        await session.tell_vanished(folder, known.modseq, known.uids)
+        for number, uid in enumerate(uids, 1):
+            mail = folder.entries[uid]
+            if mail.modseq > known.modseq and (known.uids is None or syntax.members(known.uids, [uid])):
+                await session.untagged(f"{number} FETCH ({session.flag_items(uid, mail)})")
     return f"[{'READ-ONLY' if read_only else 'READ-WRITE'}] opened"
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a client with QRESYNC remembers of a folder (RFC 7162 §3.2.5)."""
+
+    uid_validity: int
+    modseq: int
+    uids: list[syntax.Range] | None
+
+
+def _known(session: Session, cursor: Cursor) -> _Known:
+    session.need("QRESYNC")
+    if "QRESYNC" not in session.enabled:
+        raise Malformed("SELECT with QRESYNC before ENABLE")
+    cursor.expect(b"(")
+    uid_validity = cursor.number()
+    cursor.space()
+    modseq = cursor.number()
+    uids = None
+    if not cursor.peek(b" (") and cursor.take(b" "):
+        uids = cursor.sequence_set()
+    if cursor.take(b" ("):  # pairs of numbers and UIDs, which we need not use
+        cursor.sequence_set()
+        cursor.space()
+        cursor.sequence_set()
+        cursor.expect(b")")
+    cursor.expect(b")")
+    return _Known(uid_validity, modseq, uids)
 
 
 async def create(session: Session, cursor: Cursor) -> str:

@@ -317,8 +317,12 @@ class Session:
         if folder.highest_modseq > selected.counted:
             if expunges:
                 gone = [n for n, uid in enumerate(selected.uids, 1) if uid not in folder.entries]
+                if gone and "QRESYNC" in self.enabled:
+                    uids = [selected.uids[number - 1] for number in gone]
+                    await self.untagged(f"VANISHED {syntax.compact(uids)}")
                 for number in reversed(gone):
-                    await self.untagged(f"{number} EXPUNGE")
+                    if "QRESYNC" not in self.enabled:
+                        await self.untagged(f"{number} EXPUNGE")
                     del selected.uids[number - 1]
                 selected.counted = folder.highest_modseq
             newest = selected.uids[-1] if selected.uids else 0
@@ -332,6 +336,14 @@ class Session:
                 mail = folder.entries.get(uid)
                 if mail and mail.modseq > known and uid not in new:
                     await self.untagged(f"{number} FETCH ({self.flag_items(uid, mail)})")
+
+    async def tell_vanished(self, folder: Folder, since: int, ranges: list[syntax.Range] | None) -> None:
+        """VANISHED (EARLIER): what of a set (None: of all) was expunged after a modification number."""
+        uids = sorted(uid for uid, modseq in folder.expunged.items() if modseq > since)
+        if ranges is not None:
+            uids = syntax.members(ranges, uids, folder.uid_next - 1)
+        if uids:
+            await self.untagged(f"VANISHED (EARLIER) {syntax.compact(uids)}")
 
     def flag_items(self, uid: int, mail: Mail) -> str:
         """What an unasked FETCH says of changed flags."""

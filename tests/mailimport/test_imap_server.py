@@ -213,6 +213,34 @@ def test_changedsince_answers_only_what_changed() -> None:
             c.fetch(c.search(), ["FLAGS"], ["CHANGEDSINCE 1"])
 
 
+def test_qresync_tells_what_vanished_and_what_changed() -> None:
+    server = filled()
+    inbox = server.folders["INBOX"]
+    server.account.add("INBOX", HELLO)
+    modseq = inbox.highest_modseq
+    server.account.expunge(inbox, 1)
+    server.account.expunge(inbox, 2)
+    server.account.set_flags(inbox.entries[4], {"\\Answered"})
+    with raw(server) as r:
+        known = b"(%d %d 1:4 (1,4 1,4))" % (inbox.uid_validity, modseq)
+        assert b"BAD SELECT with QRESYNC before ENABLE" in r.ask(b"SELECT INBOX (QRESYNC %s)" % known)[-1]
+        assert r.ask(b"ENABLE QRESYNC")[0] == b"* ENABLED QRESYNC\r\n"
+        lines = r.ask(b"SELECT INBOX (QRESYNC %s)" % known)
+        changed = b"* 2 FETCH (UID 4 FLAGS (\\Answered) MODSEQ (%d))\r\n" % inbox.highest_modseq
+        assert lines[-3:-1] == [b"* VANISHED (EARLIER) 1:2\r\n", changed]
+        lines = r.ask(b"UID FETCH 2:* (FLAGS) (CHANGEDSINCE %d VANISHED)" % modseq)
+        assert lines[0] == b"* VANISHED (EARLIER) 2\r\n"
+        assert lines[1].startswith(b"* 2 FETCH (UID 4 FLAGS (\\Answered) MODSEQ")
+        assert len(lines) == 3
+        lines = r.ask(b"UID FETCH 3:* (FLAGS) (CHANGEDSINCE %d VANISHED)" % modseq)
+        assert not any(b"VANISHED" in line for line in lines)
+        lines = r.ask(b"SELECT INBOX (QRESYNC (1 1))")
+        assert not any(b"VANISHED" in line or b"FETCH" in line for line in lines)
+        server.account.expunge(inbox, 3)
+        assert r.ask(b"NOOP")[0] == b"* VANISHED 3\r\n"
+    assert len(server.violations) == 1
+
+
 def test_store_copy_move_expunge_do_what_they_say() -> None:
     server = filled()
     with client(server) as c:
