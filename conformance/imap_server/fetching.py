@@ -159,12 +159,12 @@ async def _answer(session: Session, number: int, uid: int, mail: Mail, wanted: l
         other = selected.uids[number % len(selected.uids)]
         if shown := selected.folder.entries.get(other):
             place = number % len(selected.uids) + 1
-            await session.untagged(f"{place} FETCH (FLAGS ({' '.join(sorted(shown.flags))}))")
+            await session.untagged(f"{place} FETCH (FLAGS {session.flag_list(shown)})")
     if order.body_first:
         items.sort(key=lambda item: isinstance(item, str))
     if order.flags_apart and "FLAGS" in items and len(items) > 1:
         items.remove("FLAGS")
-        await session.untagged(f"{number} FETCH (FLAGS ({' '.join(sorted(mail.flags))}))")
+        await session.untagged(f"{number} FETCH (FLAGS {session.flag_list(mail)})")
     await session.wire.write(b"* %d FETCH (" % number)
     for place, item in enumerate(items):
         if place:
@@ -195,7 +195,7 @@ async def _section(session: Session, mail: Mail, section: Section) -> None:
 def _item(session: Session, folder: Folder, uid: int, mail: Mail, item: str) -> bytes:
     makers: dict[str, Callable[[], str]] = {
         "UID": lambda: str(uid),
-        "FLAGS": lambda: f"({' '.join(sorted(mail.flags))})",
+        "FLAGS": lambda: session.flag_list(mail),
         "INTERNALDATE": lambda: syntax.date_time(mail.internal_date),
         "RFC822.SIZE": lambda: str(_size(mail)),
         "MODSEQ": lambda: f"({mail.modseq})",

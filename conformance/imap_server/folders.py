@@ -44,8 +44,10 @@ def _wire_name(session: Session, folder: Folder) -> bytes:
         if not re.search(rb"[\x00\r\n]", name):
             return b'"' + re.sub(rb'(["\\])', rb"\\\1", name) + b'"'
     name = syntax.to_utf7(folder.name)
-    if session.server.order.literal_everywhere:
+    if session.server.order.literal_names:
         return b"{%d}\r\n%s" % (len(name), name)
+    if session.server.order.bare_names and re.fullmatch(rb"[\w&,./+-]+", name) and name.upper() != b"NIL":
+        return name
     return syntax.string(name)
 
 
@@ -207,6 +209,8 @@ async def examine(session: Session, cursor: Cursor) -> str:
 
 
 async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
+    if session.selected and session.enabled & {"CONDSTORE", "QRESYNC"}:
+        await session.untagged("OK [CLOSED] the folder before")  # RFC 7162 §3.2.11
     session.selected = None
     cursor.space()
     folder = _find(session, cursor)
@@ -227,7 +231,7 @@ async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
     await session.untagged(f"FLAGS ({' '.join(flags)})")
     await session.untagged(f"OK [PERMANENTFLAGS ({' '.join(permanent)})] kept")
     await session.untagged(f"{len(uids)} EXISTS")
-    await session.untagged("0 RECENT")
+    await session.untagged(f"{len(uids) if session.server.order.recent else 0} RECENT")
     unseen = next((n for n, m in enumerate(folder.entries.values(), 1) if "\\Seen" not in m.flags), None)
     if unseen:
         await session.untagged(f"OK [UNSEEN {unseen}] first")

@@ -235,6 +235,7 @@ def test_qresync_tells_what_vanished_and_what_changed() -> None:
         lines = r.ask(b"UID FETCH 3:* (FLAGS) (CHANGEDSINCE %d VANISHED)" % modseq)
         assert not any(b"VANISHED" in line for line in lines)
         lines = r.ask(b"SELECT INBOX (QRESYNC (1 1))")
+        assert lines[0].startswith(b"* OK [CLOSED]")
         assert not any(b"VANISHED" in line or b"FETCH" in line for line in lines)
         server.account.expunge(inbox, 3)
         assert r.ask(b"NOOP")[0] == b"* VANISHED 3\r\n"
@@ -994,7 +995,9 @@ def test_unusual_orders_say_the_same() -> None:
         Order(body_first=True),
         Order(flags_apart=True),
         Order(chatter=True),
-        Order(True, True, True, True),
+        Order(literal_names=True),
+        Order(bare_names=True, recent=True),
+        Order(body_first=True, flags_apart=True, chatter=True, literal_names=True, recent=True),
     ):
         server = filled(order=order)
         with client(server) as c:
@@ -1003,8 +1006,12 @@ def test_unusual_orders_say_the_same() -> None:
             assert [name for _, _, name in c.list_folders()] == ["INBOX"]
         assert [got[uid][b"BODY[]"] for uid in (1, 2, 3)] == bodies(server)
         if not order.flags_apart:
-            assert {flag.decode() for flag in got[1][b"FLAGS"]} == {"\\Seen", "$Forwarded"}
+            recent = {"\\Recent"} if order.recent else set()
+            assert {flag.decode() for flag in got[1][b"FLAGS"]} == {"\\Seen", "$Forwarded"} | recent
         assert server.violations == []
+    with raw(filled(order=Order(bare_names=True, recent=True))) as r:
+        assert b'"/" INBOX\r\n' in b"".join(r.ask(b'LIST "" *'))
+        assert b"* 3 RECENT\r\n" in r.ask(b"SELECT INBOX")
     with raw(filled(order=Order(body_first=True, flags_apart=True, chatter=True))) as r:
         r.ask(b"EXAMINE INBOX")
         lines = r.ask(b"UID FETCH 1 (FLAGS BODY.PEEK[])")
