@@ -373,9 +373,10 @@ class GmailAccount(Account):
         return self.copy(mail, folder)
 
     def copy(self, mail: Mail, target: Folder) -> int:
-        """A copy is one more label on the same mail."""
+        """A copy is one more label on the same mail; into Spam or Trash it leaves the inbox, out of them it returns."""
         label = self._label_of(target)
-        self.set_labels(mail, mail.labels if label == "\\All" else mail.labels | {label})
+        left = {"\\Inbox"} if label in ("\\Junk", "\\Trash") else {"\\Junk", "\\Trash"}
+        self.set_labels(mail, mail.labels - left | ({label} - {"\\All"}))
         return mail.places[target]
 
     def expunge(self, folder: Folder, uid: int) -> None:
