@@ -41,16 +41,20 @@ Port {there}
 User {source}
 Pass {password}
 SSLType None
+
 IMAPAccount here
 Host 127.0.0.1
 Port {here}
 User {user}
 Pass {password}
 SSLType None
+
 IMAPStore there
 Account there
+
 IMAPStore here
 Account here
+
 Channel all
 Far :there:
 Near :here:
