@@ -4,8 +4,8 @@
                         ... -> labels -> flags -> the destination says what it has -> the folder is settled
 
 What is placed and has no row yet is bounded by the window. Whatever ends the run, the next one meets that at
-the destination as strangers and knows it by its SHA-256, so nothing is lost and nothing is there twice. The
-window grows with what a run has done: what a crash costs stays a small share of it.
+the destination as strangers and knows it by its SHA-256, so nothing is lost and nothing is there twice. After
+a crash the window begins small and grows with what a run has done: many crashes cost a small share of that.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ksync_server.mailimport.sinks import Held, Message, Parcel, Placed, Seen, S
 from ksync_server.mailimport.source import Bodies, Poisoned, Source
 from ksync_server.store.database import Database, Write
 
-_LEAST_WINDOW = 256 << 10  # bytes; also what the first moments of a run may cost
-_SHARE = 16  # the window is one part in so many of what the run has done
+_LEAST_WINDOW = 256 << 10  # bytes, after a crash
+_SHARE = 24  # after a crash the window is one part in so many of what the run has done
 _BATCH = 200  # messages placed and recorded at once
 _REQUESTS = 2  # of bodies that are under way, so that the server never waits for us
 _SCAN_UIDS = 10_000  # asked about at once
@@ -68,8 +68,9 @@ class Counters:
 class Window:
     """Bytes that are fetched, or asked for, and not recorded yet."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, careful: bool) -> None:
         self._most = most
+        self._careful = careful
         self._used = 0
         self._done = 0  # bytes recorded in this run
         self._changed = asyncio.Event()
@@ -77,7 +78,7 @@ class Window:
     @property
     def limit(self) -> int:
         """How many there may be now."""
-        return min(self._most, max(_LEAST_WINDOW, self._done // _SHARE))
+        return min(self._most, max(_LEAST_WINDOW, self._done // _SHARE)) if self._careful else self._most
 
     def is_full_for(self, size: int) -> bool:
         """Whether `enter` would wait."""
@@ -158,8 +159,8 @@ class Importer:
         self._source = source
         self._sink = sink
         self._thread = thread
-        self._window = Window(settings.window_bytes)
         state = job.state or {}
+        self._window = Window(settings.window_bytes, careful=bool(state.get("crashes")))
         self.counters = Counters(**state.get("counters", {}))
         self._failed_singly = bool(state.get("singly"))
         self._settled: list[int] = list(
@@ -715,6 +716,7 @@ class Importer:
         self._counted_bytes += fetched
         state = {
             **(self._job.state or {}),
+            "is_running": True,
             "counters": self.counted(),
             "settled": self._settled,
             "singly": self._failed_singly,

@@ -92,6 +92,10 @@ class Passes:
             imported = records.get(tx, job.arguments["import"])
         if imported.job_id != job.id or imported.state in records.ENDED:
             return  # a run that ended it was cut before the job's end was written
+        state = dict(job.state or {})
+        if state.pop("is_running", False):  # nobody said that the last run ended
+            state["crashes"] = state.get("crashes", 0) + 1
+        job.state = state or None
         self._database.write(lambda tx: records.set_state(tx, imported.id, "running"))
         run = _Run(self._settings, self._database, self._keys, job, imported)
         try:
@@ -134,7 +138,7 @@ class Passes:
     def _retry(self, job: Job, imported: records.Import, run: _Run, error: Exception) -> None:
         """A server failed: again after a pause that doubles until something moves."""
         settings = self._settings.mail_import
-        state = dict(job.state or {})
+        state = {**(job.state or {}), "is_running": False}
         now = int(time.time())
         moved = run.has_moved or "failing_since" not in state
         since = now if moved else int(state["failing_since"])
