@@ -285,7 +285,8 @@ def test_each_application_password_takes_one_look_at_one_row_whatever_comes_of_i
     wrong = [_with_id(each) for each in (known[2], "000000", "zzzzzz", known[0][:-1] + "0")]
     door.gate.flush()
     monkeypatch.setattr(door.database, "fast", fast)
-    monkeypatch.setattr(time, "time", lambda at=time.time() + 60: at)
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
     assert door.log_in(account.sync_id, good).account_id == account.id
     for secret in (revoked, expired, elsewhere, others, *wrong):
         with pytest.raises(NotAuthenticated):

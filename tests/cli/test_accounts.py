@@ -22,7 +22,7 @@ from ksync_server.auth import accounts
 from ksync_server.auth.gate import Credentials, DriveTarget, Gate, Service, owner
 from ksync_server.cli import main
 from ksync_server.drive import tree
-from ksync_server.errors import Forbidden, NotAuthenticated
+from ksync_server.errors import Forbidden, NotAuthenticated, TooManyRequests
 from ksync_server.http import Peer
 from ksync_server.store import schema
 from ksync_server.store.database import Database, Write
@@ -518,6 +518,34 @@ def test_keys_are_listed_prepared_rotated_and_retired(shell: Shell, gate: Gate) 
     assert shell.json("keys", "retire", old) == {"id": old}
     log_in(gate, sync_id, secret)
     assert f"no key set {old!r}" in shell.refusal("keys", "retire", old)
+
+
+def test_blocked_log_ins_are_listed_and_lifted(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    assert shell.json("throttle", "list") == []
+    assert shell.run("throttle", "list").stdout == "Nothing is blocked.\n"
+    for guess in range(5):
+        with pytest.raises(NotAuthenticated):
+            log_in(gate, sync_id, f"wrong {guess}")
+    gate.flush()
+    with pytest.raises(TooManyRequests):
+        log_in(gate, sync_id, PASSWORD)
+    (row,) = shell.json("throttle", "list")
+    assert (row["account"], row["network"], row["failures"]) == (None, None, 5)
+    (named,) = shell.json("throttle", "list", "--address", PEER.address)
+    assert named == {**row, "account": sync_id, "network": PEER.address}
+    assert sync_id in shell.run("throttle", "list", "--address", PEER.address).stdout
+    assert shell.json("throttle", "lift", "--account", sync_id) == {"lifted": []}
+    asked = ("throttle", "lift", "--account", "alice@example.org", "--address", PEER.address)
+    assert shell.json(*asked) == {"lifted": [named]}
+    assert log_in(gate, sync_id, PASSWORD).sync_id == sync_id
+    (told,) = shell.json("audit", "list", sync_id, "--action", "throttle.lift")
+    assert told["detail"] == {"keys": [row["key"]], "network": PEER.address}
+    assert shell.json("throttle", "lift", "--all") == {"lifted": []}
+    assert "no account" in shell.refusal("throttle", "lift", "--account", "nobody@example.org")
+    assert "no IP address" in shell.refusal("throttle", "lift", "--address", "home", code=2)
+    for words in ((), ("--all", "--account", sync_id), (row["key"], "--all")):
+        assert "Name a KEY" in shell.refusal("throttle", "lift", *words, code=2)
 
 
 def test_serving_with_another_key_file_is_refused(shell: Shell) -> None:

@@ -227,7 +227,7 @@ class Gate:
         self._offers = offers
         self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.log_in)
         self.passwords = passwords.AccountPasswords(settings.auth, memory)
-        self._throttle = Throttle(settings.auth, database, keys)
+        self.throttle = Throttle(settings.auth, database, keys)
         self._notes = Notes(database, settings.auth.last_used_s)
         self._verifying: dict[tuple[Credentials | None, str, Service], Future[Identity]] = {}
         self._present = 0  # the id of some account that exists
@@ -235,11 +235,11 @@ class Gate:
     def flush(self) -> None:
         """Wait until what is to be written of uses and refusals so far is; requests never do."""
         self._notes.flush()
-        self._throttle.flush()
+        self.throttle.flush()
 
     def close(self) -> None:
         """Write the counts that wait; the database is still open."""
-        self._throttle.close()
+        self.throttle.close()
 
     # -- who is it ----------------------------------------------------------------------------------
 
@@ -374,7 +374,7 @@ class Gate:
         use = Use(number, int(time.time()), service, peer.address, peer.user_agent[:200])
         if self._notes.use(used_at, use):
             typed, _ = accounts.canonical_name(name, self._sync_hosts)
-            self._throttle.trust(self._throttle.attempt(typed, peer.address, ""))
+            self.throttle.trust(self.throttle.attempt(typed, peer.address, ""))
         scoped = frozenset(scopes.split())
         return Identity(
             account_id, sync_id, email, shown, scoped, number, bool(read_only), drive_id, folder_id
@@ -387,27 +387,27 @@ class Gate:
     ) -> Identity | _Refusal | None:
         now = int(time.time())
         typed, _ = accounts.canonical_name(credentials.name, self._sync_hosts)
-        attempt = self._throttle.attempt(typed, peer.address, credentials.secret)
-        waiting = self._throttle.waiting(attempt)
+        attempt = self.throttle.attempt(typed, peer.address, credentials.secret)
+        waiting = self.throttle.waiting(attempt)
         with self._database.read() as tx:
             account = accounts.find(tx, credentials.name, self._sync_hosts)
-            standing = self._throttle.standing(tx, attempt, waiting, now)
+            standing = self.throttle.standing(tx, attempt, waiting, now)
         if self._remembers(account, attempt, standing, credentials.secret, service):
             assert account is not None, "nobody is remembered"
             return owner(account)
         self._level(account)
         if standing.blocked_s:
-            self._throttle.failed(attempt, standing)
+            self.throttle.failed(attempt, standing)
             return _Refusal("too many wrong log-ins", repeated=standing.known, blocked_s=standing.blocked_s)
         if not verify:
             return None
-        with self._throttle.verifying(attempt):
+        with self.throttle.verifying(attempt):
             refusal = self._verified(account, credentials.secret, service, repeated=standing.known)
         if refusal is not None:
-            self._throttle.failed(attempt, standing)
+            self.throttle.failed(attempt, standing)
             return refusal
         assert account is not None, "verified"
-        self._throttle.succeeded(attempt, standing, now)
+        self.throttle.succeeded(attempt, standing, now)
         self.passwords.remember(account.id, credentials.secret, account.auth_epoch, attempt.network)
         return owner(account)
 
