@@ -520,6 +520,24 @@ def test_keys_are_listed_prepared_rotated_and_retired(shell: Shell, gate: Gate) 
     assert f"no key set {old!r}" in shell.refusal("keys", "retire", old)
 
 
+def test_an_identity_check_and_the_end_of_its_documents_are_noted(shell: Shell) -> None:
+    sync_id = shell.create()
+    check = ("account", "identity-check", "alice@example.org")
+    for words in ((), ("--reason", "passport seen", "--documents-deleted")):
+        assert "--documents-deleted" in shell.refusal(*check, *words, code=2)
+    assert "no identity check" in shell.refusal(*check, "--documents-deleted")
+    row = shell.json(*check, "--reason", "passport seen")
+    assert row["sync_id"] == sync_id
+    assert abs(row["documents_until"] - time.time() - 72 * 3600) < 60
+    assert "Delete the documents until 2" in shell.run(*check, "--reason", "passport seen").stdout
+    assert [each["action"] for each in shell.json("account", "notices", sync_id)] == [
+        "account.identity-check"
+    ] * 2
+    assert shell.json(*check, "--documents-deleted")["documents_until"] is None
+    (last, *_) = shell.json("audit", "list", sync_id)
+    assert (last["action"], last["actor"]) == ("account.documents-deleted", "operator")
+
+
 def test_blocked_log_ins_are_listed_and_lifted(shell: Shell, gate: Gate) -> None:
     sync_id = shell.create()
     assert shell.json("throttle", "list") == []
