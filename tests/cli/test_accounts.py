@@ -473,8 +473,10 @@ def test_products_are_bought_grown_moved_and_cancelled(shell: Shell) -> None:
     shell.json("product", "paid", product, "yes", "--trial-until", "2099-01-01")
     assert "on trial" in shell.refusal(*convert)
     assert shell.json("product", "paid", product, "yes")["trial_until"] is None
-    suite = shell.json(*convert)
-    assert (suite["ksuite"], suite["offer"], suite["seats"]) == (True, "ksuite-business", 5)
+    mail = str(shell.json(*create, "mail-premium", "--seats", "6")["id"])
+    suite = shell.json(*convert, "--mail", mail)
+    assert (suite["ksuite"], suite["offer"], suite["seats"]) == (True, "ksuite-business", 6)
+    assert [row["id"] for row in shell.json("product", "list")] == [int(product)]
     assert (suite["storage_bytes"], suite["drives"]) == (4 * 10**12, [int(drive)])
     assert "only goes up" in shell.refusal("offer", "set", "--product", product, "ksuite-standard")
     assert "not transferable" in shell.refusal("product", "move", product, other)
