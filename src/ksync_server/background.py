@@ -16,6 +16,7 @@ from ksync_server.jobs import Handler, Periodic
 from ksync_server.mail import sender
 from ksync_server.mail.notices import Notices
 from ksync_server.mail.sender import Relay
+from ksync_server.mailimport import passes
 from ksync_server.metrics import StoreMetrics
 from ksync_server.store import changes, scrub
 from ksync_server.store.blobs import REAP, REAP_ORPHANS
@@ -99,4 +100,5 @@ def handlers(services: Services, relay: Relay) -> dict[str, Handler]:
     return {
         audit.NOTICE: Handler(Notices(mail).run),
         sender.SEND: Handler(sender.Sender(mail, services.database, relay).run, sender.ATTEMPTS),
+        passes.KIND: Handler(passes.Passes(services.settings, services.database, services.keys).run),
     }

@@ -494,6 +494,7 @@ mail_target = _table(
     _ref("import_id", "mail_import.id"),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("uid_validity", sa.BigInteger, nullable=False),
+    sa.Column("first_next", sa.BigInteger, nullable=False),  # UIDs below were there before the import
     sa.Column("settled_next", sa.BigInteger, nullable=False, default=1),
     sa.UniqueConstraint("import_id", "name"),
 )
@@ -504,9 +505,8 @@ mail_copy = _table(
     _ref("source_id", "mail_source.id"),
     sa.Column("uid", sa.BigInteger, nullable=False),
     _ref("target_id", "mail_target.id"),
-    sa.Column(
-        "handle", sa.Text, nullable=False
-    ),  # its UID there, or its base name in a Maildir; "" = refused
+    sa.Column("handle", sa.Text, nullable=False),  # its UID there, its file in a Maildir; "" = refused
+    sa.Column("how", sa.Text, nullable=False),  # copied, linked (another label's), there (before us), refused
     sa.Column("size", sa.BigInteger, nullable=False),  # bytes
     sa.Column("sha256", sa.LargeBinary, nullable=False),  # of the message's bytes; empty = refused
     sa.Column("received_at", Time, nullable=False),  # INTERNALDATE

@@ -148,7 +148,7 @@ def _imports() -> None:
         _own_id(),
         sa.Column("import_id", _id, nullable=False),
         _text("name"),
-        *map(_number, ("uid_validity", "settled_next")),
+        *map(_number, ("uid_validity", "first_next", "settled_next")),
         _unique("mail_target", "import_id", "name"),
         import_id="mail_import",
     )
@@ -159,6 +159,7 @@ def _imports() -> None:
         _number("uid"),
         sa.Column("target_id", _id, nullable=False),
         _text("handle"),
+        _text("how"),
         _number("size"),
         _bytes("sha256"),
         _number("received_at"),
