@@ -6,7 +6,7 @@
 
 Content is read back as plain values (`server.folders["INBOX.Work"].messages`), what a client did wrong from
 `server.violations`, and what it did at all from `server.statistics`. Standards: RFC 3501, 2177, 2342, 2971,
-3348, 3502, 3691, 4315, 4731, 4959, 4978, 5161, 5258, 5819, 6154, 6851, 6855, 7162 (CONDSTORE), 7888, 7889,
+3348, 3502, 3691, 4315, 4731, 4959, 4978, 5161, 5258, 5819, 6154, 6851, 6855, 7162, 7888, 7889,
 8438, 9208 and Gmail's X-GM-EXT-1.
 """
 

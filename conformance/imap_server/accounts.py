@@ -55,6 +55,9 @@ class Folder:
         self.highest_modseq = 1
         self.has_modseq = True  # False: NOMODSEQ, as for a mailbox that cannot keep them
         self.entries: dict[int, Mail] = {}
+        self.expunged: dict[
+            int, int
+        ] = {}  # UIDs that were shown once, and the modification number of their end
 
     @property
     def messages(self) -> list[Message]:
@@ -85,8 +88,9 @@ class Folder:
 
     def hide(self, mail: Mail) -> None:
         """Show a mail no longer."""
-        del self.entries[mail.places.pop(self)]
-        self.highest_modseq = self._account.next_modseq()
+        uid = mail.places.pop(self)
+        del self.entries[uid]
+        self.highest_modseq = self.expunged[uid] = self._account.next_modseq()
         if not mail.places:
             self._account.used_bytes -= len(mail.body)
 
@@ -95,6 +99,7 @@ class Folder:
         self.uid_validity += step
         mails = list(self.entries.values())
         self.entries = {}
+        self.expunged = {}
         for uid, mail in enumerate(mails, 1):
             self.entries[uid] = mail
             mail.places[self] = uid
@@ -368,9 +373,10 @@ class GmailAccount(Account):
         return self.copy(mail, folder)
 
     def copy(self, mail: Mail, target: Folder) -> int:
-        """A copy is one more label on the same mail."""
+        """A copy is one more label on the same mail; into Spam or Trash it leaves the inbox, out of them it returns."""
         label = self._label_of(target)
-        self.set_labels(mail, mail.labels if label == "\\All" else mail.labels | {label})
+        left = {"\\Inbox"} if label in ("\\Junk", "\\Trash") else {"\\Junk", "\\Trash"}
+        self.set_labels(mail, mail.labels - left | ({label} - {"\\All"}))
         return mail.places[target]
 
     def expunge(self, folder: Folder, uid: int) -> None:

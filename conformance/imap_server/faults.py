@@ -114,19 +114,23 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Unusual but legal answers to FETCH.
+    """Unusual but legal answers.
 
     Attributes:
         body_first: the body comes before UID and the rest.
         flags_apart: FLAGS come in an untagged FETCH of their own.
         chatter: untagged EXISTS, OK and FETCH FLAGS of other messages in between.
-        literal_everywhere: strings of any kind are sent as literals.
+        literal_names: mailbox names are sent as literals.
+        bare_names: mailbox names are sent as atoms where they can be, as Dovecot does; else quoted, as Gmail does.
+        recent: every message has `\\Recent`, as for the first client that sees it.
     """
 
     body_first: bool = False
     flags_apart: bool = False
     chatter: bool = False
-    literal_everywhere: bool = False
+    literal_names: bool = False
+    bare_names: bool = False
+    recent: bool = False
 
 
 Refusal = Callable[[bytes, frozenset[str]], str | None]  # body and flags -> text after NO, or None

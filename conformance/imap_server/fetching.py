@@ -95,13 +95,14 @@ async def _fetch(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
     """Answer FETCH or UID FETCH; a message that is gone is left out (RFC 9051 §6.4.9)."""
     command = "UID FETCH" if by_uid else "FETCH"
     cursor.space()
-    chosen = session.chosen(cursor, by_uid=by_uid)
+    chosen, ranges = session.chosen(cursor, by_uid=by_uid), cursor.ranges
     cursor.space()
     wanted = _wanted(session, cursor)
-    since = None
+    since, vanished = None, False
     if cursor.take(b" (CHANGEDSINCE "):
         session.need("CONDSTORE")
         since = cursor.number()
+        vanished = cursor.take(b" VANISHED")
         cursor.expect(b")")
     cursor.end()
     selected = session.selected
@@ -112,6 +113,10 @@ async def _fetch(session: Session, cursor: Cursor, *, by_uid: bool) -> str:
         if not selected.folder.has_modseq:
             raise Malformed("MODSEQ of a mailbox with NOMODSEQ")
         session.enabled.add("CONDSTORE")
+    if vanished and since is not None:
+        if not by_uid or "QRESYNC" not in session.enabled:
+            raise Malformed("VANISHED is for UID FETCH after ENABLE QRESYNC")
+        await session.tell_vanished(selected.folder, since, ranges)
     if since is not None and "MODSEQ" not in wanted:
         wanted.append("MODSEQ")
     if by_uid and "UID" not in wanted:
@@ -154,12 +159,12 @@ async def _answer(session: Session, number: int, uid: int, mail: Mail, wanted: l
         other = selected.uids[number % len(selected.uids)]
         if shown := selected.folder.entries.get(other):
             place = number % len(selected.uids) + 1
-            await session.untagged(f"{place} FETCH (FLAGS ({' '.join(sorted(shown.flags))}))")
+            await session.untagged(f"{place} FETCH (FLAGS {session.flag_list(shown)})")
     if order.body_first:
         items.sort(key=lambda item: isinstance(item, str))
     if order.flags_apart and "FLAGS" in items and len(items) > 1:
         items.remove("FLAGS")
-        await session.untagged(f"{number} FETCH (FLAGS ({' '.join(sorted(mail.flags))}))")
+        await session.untagged(f"{number} FETCH (FLAGS {session.flag_list(mail)})")
     await session.wire.write(b"* %d FETCH (" % number)
     for place, item in enumerate(items):
         if place:
@@ -190,7 +195,7 @@ async def _section(session: Session, mail: Mail, section: Section) -> None:
 def _item(session: Session, folder: Folder, uid: int, mail: Mail, item: str) -> bytes:
     makers: dict[str, Callable[[], str]] = {
         "UID": lambda: str(uid),
-        "FLAGS": lambda: f"({' '.join(sorted(mail.flags))})",
+        "FLAGS": lambda: session.flag_list(mail),
         "INTERNALDATE": lambda: syntax.date_time(mail.internal_date),
         "RFC822.SIZE": lambda: str(_size(mail)),
         "MODSEQ": lambda: f"({mail.modseq})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conformance.imap_server import syntax
@@ -43,8 +44,10 @@ def _wire_name(session: Session, folder: Folder) -> bytes:
         if not re.search(rb"[\x00\r\n]", name):
             return b'"' + re.sub(rb'(["\\])', rb"\\\1", name) + b'"'
     name = syntax.to_utf7(folder.name)
-    if session.server.order.literal_everywhere:
+    if session.server.order.literal_names:
         return b"{%d}\r\n%s" % (len(name), name)
+    if session.server.order.bare_names and re.fullmatch(rb"[\w&,./+-]+", name) and name.upper() != b"NIL":
+        return name
     return syntax.string(name)
 
 
@@ -206,14 +209,18 @@ async def examine(session: Session, cursor: Cursor) -> str:
 
 
 async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
+    if session.selected and session.enabled & {"CONDSTORE", "QRESYNC"}:
+        await session.untagged("OK [CLOSED] the folder before")  # RFC 7162 §3.2.11
     session.selected = None
     cursor.space()
     folder = _find(session, cursor)
-    if cursor.take(b" "):
+    known = None
+    if cursor.take(b" (CONDSTORE)"):
         session.need("CONDSTORE")
-        if cursor.listed(cursor.word) != ["CONDSTORE"]:
-            raise Malformed("an unknown parameter of SELECT")
         session.enabled.add("CONDSTORE")
+    elif cursor.take(b" (QRESYNC "):
+        known = _known(session, cursor)
+        cursor.expect(b")")
     cursor.end()
     if not folder.selectable:
         raise Refused("[CANNOT] not selectable")
@@ -224,19 +231,52 @@ async def _open(session: Session, cursor: Cursor, *, read_only: bool) -> str:
     await session.untagged(f"FLAGS ({' '.join(flags)})")
     await session.untagged(f"OK [PERMANENTFLAGS ({' '.join(permanent)})] kept")
     await session.untagged(f"{len(uids)} EXISTS")
-    await session.untagged("0 RECENT")
+    await session.untagged(f"{len(uids) if session.server.order.recent else 0} RECENT")
     unseen = next((n for n, m in enumerate(folder.entries.values(), 1) if "\\Seen" not in m.flags), None)
     if unseen:
         await session.untagged(f"OK [UNSEEN {unseen}] first")
     await session.untagged(f"OK [UIDVALIDITY {folder.uid_validity}] valid")
     await session.untagged(f"OK [UIDNEXT {folder.uid_next}] next")
     if session.has("CONDSTORE"):
-        known = folder.has_modseq
-        await session.untagged(
-            f"OK [HIGHESTMODSEQ {folder.highest_modseq}] highest" if known else "OK [NOMODSEQ] none"
-        )
+        highest = f"OK [HIGHESTMODSEQ {folder.highest_modseq}] highest"
+        await session.untagged(highest if folder.has_modseq else "OK [NOMODSEQ] none")
     session.open(folder, read_only=read_only)
+    if known and folder.has_modseq and known.uid_validity == folder.uid_validity:
+        await session.tell_vanished(folder, known.modseq, known.uids)
+        for number, uid in enumerate(uids, 1):
+            mail = folder.entries[uid]
+            if mail.modseq > known.modseq and (known.uids is None or syntax.members(known.uids, [uid])):
+                await session.untagged(f"{number} FETCH ({session.flag_items(uid, mail)})")
     return f"[{'READ-ONLY' if read_only else 'READ-WRITE'}] opened"
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a client with QRESYNC remembers of a folder (RFC 7162 §3.2.5)."""
+
+    uid_validity: int
+    modseq: int
+    uids: list[syntax.Range] | None
+
+
+def _known(session: Session, cursor: Cursor) -> _Known:
+    session.need("QRESYNC")
+    if "QRESYNC" not in session.enabled:
+        raise Malformed("SELECT with QRESYNC before ENABLE")
+    cursor.expect(b"(")
+    uid_validity = cursor.number()
+    cursor.space()
+    modseq = cursor.number()
+    uids = None
+    if not cursor.peek(b" (") and cursor.take(b" "):
+        uids = cursor.sequence_set()
+    if cursor.take(b" ("):  # pairs of numbers and UIDs, which we need not use
+        cursor.sequence_set()
+        cursor.space()
+        cursor.sequence_set()
+        cursor.expect(b")")
+    cursor.expect(b")")
+    return _Known(uid_validity, modseq, uids)
 
 
 async def create(session: Session, cursor: Cursor) -> str:

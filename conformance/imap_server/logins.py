@@ -162,7 +162,7 @@ async def compress(session: Session, cursor: Cursor) -> str:
 
 
 async def enable(session: Session, cursor: Cursor) -> str:
-    """ENABLE of CONDSTORE and UTF8=ACCEPT."""
+    """ENABLE of CONDSTORE, QRESYNC and UTF8=ACCEPT."""
     session.need("ENABLE")
     names = []
     while cursor.take(b" "):
@@ -172,7 +172,7 @@ async def enable(session: Session, cursor: Cursor) -> str:
         raise Malformed("ENABLE without a capability")
     if session.selected:
         raise Malformed("ENABLE with a selected mailbox")
-    fresh = [name for name in names if name in ("CONDSTORE", "UTF8=ACCEPT") and session.has(name)]
-    session.enabled |= set(fresh)
+    fresh = [name for name in names if name in ("CONDSTORE", "QRESYNC", "UTF8=ACCEPT") and session.has(name)]
+    session.enabled |= set(fresh) | ({"CONDSTORE"} if "QRESYNC" in fresh else set())
     await session.untagged(" ".join(["ENABLED", *fresh]))
     return ""

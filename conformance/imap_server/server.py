@@ -20,36 +20,27 @@ from conformance.imap_server.session import Session
 
 # Each capability is a switch: what is not announced is not understood. LITERAL- replaces LITERAL+.
 MODERN = frozenset(
-    [
-        "SASL-IR",
-        "AUTH=PLAIN",
-        "AUTH=XOAUTH2",
-        "AUTH=OAUTHBEARER",
-        "LITERAL+",
-        "MULTIAPPEND",
-        "UIDPLUS",
-        "MOVE",
-        "CONDSTORE",
-        "ENABLE",
-        "ID",
-        "COMPRESS=DEFLATE",
-        "IDLE",
-        "UNSELECT",
-        "NAMESPACE",
-        "CHILDREN",
-        "SPECIAL-USE",
-        "CREATE-SPECIAL-USE",
-        "LIST-EXTENDED",
-        "LIST-STATUS",
-        "STATUS=SIZE",
-        "ESEARCH",
-        "UTF8=ACCEPT",
-        "APPENDLIMIT",
-        "QUOTA",
-    ]
+    {
+        *(
+            "AUTH=PLAIN",
+            "AUTH=XOAUTH2",
+            "AUTH=OAUTHBEARER",
+            "SASL-IR",
+            "ID",
+            "ENABLE",
+            "COMPRESS=DEFLATE",
+            "IDLE",
+        ),
+        *("NAMESPACE", "CHILDREN", "LIST-EXTENDED", "LIST-STATUS", "SPECIAL-USE", "CREATE-SPECIAL-USE"),
+        *("STATUS=SIZE", "QUOTA", "APPENDLIMIT", "LITERAL+", "MULTIAPPEND", "UIDPLUS", "MOVE", "UNSELECT"),
+        *("CONDSTORE", "QRESYNC", "ESEARCH", "UTF8=ACCEPT"),
+    }
 )
 BASIC = frozenset({"AUTH=PLAIN"})  # IMAP4rev1 and nothing else
-GMAIL = MODERN - {"LITERAL+", "MULTIAPPEND", "STATUS=SIZE", "CREATE-SPECIAL-USE"} | {"LITERAL-", "X-GM-EXT-1"}
+GMAIL = MODERN - {"LITERAL+", "MULTIAPPEND", "STATUS=SIZE", "CREATE-SPECIAL-USE", "QRESYNC"} | {
+    "LITERAL-",
+    "X-GM-EXT-1",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -317,8 +316,12 @@ class Session:
         if folder.highest_modseq > selected.counted:
             if expunges:
                 gone = [n for n, uid in enumerate(selected.uids, 1) if uid not in folder.entries]
+                if gone and "QRESYNC" in self.enabled:
+                    uids = [selected.uids[number - 1] for number in gone]
+                    await self.untagged(f"VANISHED {syntax.compact(uids)}")
                 for number in reversed(gone):
-                    await self.untagged(f"{number} EXPUNGE")
+                    if "QRESYNC" not in self.enabled:
+                        await self.untagged(f"{number} EXPUNGE")
                     del selected.uids[number - 1]
                 selected.counted = folder.highest_modseq
             newest = selected.uids[-1] if selected.uids else 0
@@ -333,9 +336,22 @@ class Session:
                 if mail and mail.modseq > known and uid not in new:
                     await self.untagged(f"{number} FETCH ({self.flag_items(uid, mail)})")
 
+    def flag_list(self, mail: Mail) -> str:
+        """Flags as FETCH answers them."""
+        recent = ["\\Recent"] if self.server.order.recent else []
+        return f"({' '.join([*recent, *sorted(mail.flags)])})"
+
+    async def tell_vanished(self, folder: Folder, since: int, ranges: list[syntax.Range] | None) -> None:
+        """VANISHED (EARLIER): what of a set (None: of all) was expunged after a modification number."""
+        uids = sorted(uid for uid, modseq in folder.expunged.items() if modseq > since)
+        if ranges is not None:
+            uids = syntax.members(ranges, uids, folder.uid_next - 1)
+        if uids:
+            await self.untagged(f"VANISHED (EARLIER) {syntax.compact(uids)}")
+
     def flag_items(self, uid: int, mail: Mail) -> str:
         """What an unasked FETCH says of changed flags."""
-        text = f"UID {uid} FLAGS {_flag_list(mail.flags)}"
+        text = f"UID {uid} FLAGS {self.flag_list(mail)}"
         if "CONDSTORE" in self.enabled and self.selected and self.selected.folder.has_modseq:
             text += f" MODSEQ ({mail.modseq})"
         return text
@@ -378,7 +394,3 @@ def _command_of(text: bytes) -> str:
     """The command of a line that may not be whole yet."""
     words = text.split(b" ", 2)
     return words[1].decode("ascii", "replace").upper() if len(words) > 1 else ""
-
-
-def _flag_list(flags: Iterable[str]) -> str:
-    return f"({' '.join(sorted(flags))})"

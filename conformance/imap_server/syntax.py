@@ -62,6 +62,7 @@ class Cursor:
         self._literals = list(literals)
         self._utf8 = utf8
         self._at = 0
+        self.ranges: list[Range] = []  # the set read last
 
     def at_end(self) -> bool:
         """Whether nothing is left."""
@@ -170,6 +171,7 @@ class Cursor:
             if any(end is not None and end > LARGEST_NUMBER for end in ends):
                 raise Malformed("a number beyond 32 bits in a set")
             ranges.append((ends[0], ends[-1]))
+        self.ranges = ranges
         return ranges
 
     def listed(self, one: Callable[[], T], *, empty: bool = False) -> list[T]:
@@ -243,11 +245,11 @@ class Cursor:
         return int(found[1]), int(found[2])
 
 
-def members(ranges: Sequence[Range], present: Sequence[int]) -> list[int]:
-    """Which of the ascending numbers `present` a set names. `*` is the largest of them."""
+def members(ranges: Sequence[Range], present: Sequence[int], largest: int | None = None) -> list[int]:
+    """Which of the ascending numbers `present` a set names. `*` is `largest`, or the largest of them."""
     if not present:
         return []
-    largest = present[-1]
+    largest = largest or present[-1]
     chosen: set[int] = set()
     for first, last in ranges:
         low, high = sorted((first or largest, last or largest))

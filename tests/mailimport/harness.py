@@ -39,6 +39,7 @@ class Desk:
         source_secret: str = "secret",
         target_secret: str = "secret",
         source: Mapping[str, object] | None = None,
+        target_user: str = "alice@example.org",
         again: int | None = None,
         **more: Any,
     ) -> int:
@@ -46,7 +47,7 @@ class Desk:
         if isinstance(target, Path):
             place: dict[str, object] = {"kind": "maildir", "path": str(target)}
         else:
-            place = {"kind": "imap", "server": _server(target, "alice@example.org")}
+            place = {"kind": "imap", "server": _server(target, target_user)}
         sealed = {
             passes.SOURCE: KEYS.seal(source_secret.encode()),
             passes.TARGET: KEYS.seal(target_secret.encode()),
@@ -91,6 +92,11 @@ class Desk:
         """An import as it is now."""
         with self.database.read() as tx:
             return records.get(tx, number)
+
+    def newest(self) -> int:
+        """The import that was ordered last."""
+        with self.database.read() as tx:
+            return records.list_imports(tx, limit=1)[0].id
 
     def job(self, number: int) -> dict[str, Any]:
         """The newest job of an import."""

@@ -1,7 +1,8 @@
 """One connection to an IMAP server: TLS, log-in, pipelined commands, bodies that are never held whole.
 
-Answers are matched to commands by tag; untagged data belong to the oldest command that is not answered,
-because a server works through them in order (RFC 3501 §5.5). Reading pauses while nobody takes what came.
+Answers are matched to commands by tag; untagged data go to the oldest command that is not answered. Some
+servers (Dovecot) work on several FETCH commands at once, so those under way share one inlet and tell messages
+apart by UID (RFC 3501 §5.5). Reading pauses while nobody takes what came.
 """
 
 from __future__ import annotations
@@ -113,17 +114,25 @@ class Piece:
     data: memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A command is answered."""
+
+    tag: str
+    status: Status
+
+
 class Inlet:
-    """What one command receives, in order: Start, Piece ..., Data, and None at its end."""
+    """What commands receive, in order: Start, Piece ..., Data; and Ended for each of them."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._waiting: deque[Start | Piece | Data | None] = deque()
+        self._waiting: deque[Start | Piece | Data | Ended] = deque()
         self._taker: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self.held = 0
 
-    def put(self, each: Start | Piece | Data | None) -> None:
+    def put(self, each: Start | Piece | Data | Ended) -> None:
         """Called by the connection."""
         self._waiting.append(each)
         if isinstance(each, Piece):
@@ -135,7 +144,7 @@ class Inlet:
         self._error = error
         self._wake()
 
-    async def take(self) -> Start | Piece | Data | None:
+    async def take(self) -> Start | Piece | Data | Ended:
         """The next thing.
 
         Raises:
@@ -161,8 +170,7 @@ class Inlet:
 class Stream:
     """The answer to one command, while it comes."""
 
-    connection: Connection
-    pending: _Pending
+    name: str
     inlet: Inlet
 
     async def __aiter__(self) -> AsyncIterator[Start | Piece | Data]:
@@ -172,13 +180,14 @@ class Stream:
             Refused: NO or BAD, at its end.
             RemoteError: the connection is gone.
         """
-        while (each := await self.inlet.take()) is not None:
+        while not isinstance(each := await self.inlet.take(), Ended):
             yield each
-        await self.connection.answer(self.pending)
+        if each.status.word != "OK":
+            raise Refused(self.name, each.status)
 
 
 @dataclass(slots=True)
-class _Pending:
+class Pending:
     """A command that is sent and not answered."""
 
     tag: str
@@ -205,7 +214,7 @@ class Connection(asyncio.Protocol):
         self._literal: bytearray | None = None  # a small one that is being read
         self._left = 0  # of the literal that is being read
         self._streaming: Inlet | None = None
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[Pending] = deque()
         self._greeting: asyncio.Future[Status] = self._loop.create_future()
         self._continued: asyncio.Future[str] | None = None
         self._error: RemoteError | None = None
@@ -332,7 +341,7 @@ class Connection(asyncio.Protocol):
         if not pending.answered.done():
             pending.answered.set_result(status)
         if pending.inlet is not None:
-            pending.inlet.put(None)
+            pending.inlet.put(Ended(pending.tag, status))
         if self._continued is not None and not self._continued.done():
             self._continued.set_result("")  # refused before its literal: the waiter looks at the answer
 
@@ -437,10 +446,10 @@ class Connection(asyncio.Protocol):
         if self._error is not None:
             raise self._error
 
-    def begin(self, name: str, inlet: Inlet | None = None) -> _Pending:
+    def begin(self, name: str, inlet: Inlet | None = None) -> Pending:
         """Start a command line: its tag and name are written."""
         self.commands += 1
-        pending = _Pending(f"k{self.commands}", name, self._loop.create_future(), inlet=inlet)
+        pending = Pending(f"k{self.commands}", name, self._loop.create_future(), inlet=inlet)
         self.write(f"{pending.tag} {name}".encode("ascii"))
         if not self._pending:
             self._heard = self._since = self._loop.time()
@@ -448,7 +457,7 @@ class Connection(asyncio.Protocol):
         self._pending.append(pending)
         return pending
 
-    async def literal(self, size: int, pending: _Pending, *, binary: bool = False) -> bool:
+    async def literal(self, size: int, pending: Pending, *, binary: bool = False) -> bool:
         """Announce a literal; True when its bytes may be sent, False where the command was refused instead.
 
         Raises:
@@ -465,7 +474,7 @@ class Connection(asyncio.Protocol):
         self._continued = None
         return not pending.answered.done()
 
-    async def send(self, name: str, *arguments: bytes | str, inlet: Inlet | None = None) -> _Pending:
+    async def send(self, name: str, *arguments: bytes | str, inlet: Inlet | None = None) -> Pending:
         """Send a command without waiting for its answer.
 
         Args:
@@ -488,7 +497,7 @@ class Connection(asyncio.Protocol):
         self.flush()
         return pending
 
-    async def answer(self, pending: _Pending) -> Reply:
+    async def answer(self, pending: Pending) -> Reply:
         """Wait for a command's end.
 
         Raises:
@@ -512,13 +521,12 @@ class Connection(asyncio.Protocol):
     async def stream(self, name: str, *arguments: bytes | str) -> Stream:
         """Send a command whose answer is taken while it comes, bodies in pieces.
 
-        Several may be under way: each is taken to its end before the next one.
-
         Raises:
             RemoteError: the connection is gone.
         """
         inlet = Inlet(self)
-        return Stream(self, await self.send(name, *arguments, inlet=inlet), inlet)
+        await self.send(name, *arguments, inlet=inlet)
+        return Stream(name, inlet)
 
     # -- mailbox names ------------------------------------------------------------------------------
 

@@ -51,6 +51,11 @@ class ImapSink:
             if name == "APPENDLIMIT" and imap.is_number(value):
                 self.longest = int(value)
 
+    @property
+    def commands(self) -> int:
+        """See `Sink`."""
+        return self._connection.commands
+
     async def begin(self) -> None:
         """Learn how names are made.
 

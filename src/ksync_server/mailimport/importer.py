@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -31,7 +30,7 @@ from ksync_server.mailimport.connection import Refused, is_temporary, said
 from ksync_server.mailimport.plan import Folder, Map, Options
 from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, THERE, Copy, SourceFolder, TargetFolder
 from ksync_server.mailimport.sinks import Held, Message, Parcel, Placed, Seen, Sink, canonical
-from ksync_server.mailimport.source import Poisoned, Source
+from ksync_server.mailimport.source import Bodies, Poisoned, Source
 from ksync_server.store.database import Database, Write
 
 _LEAST_WINDOW = 256 << 10  # bytes; also what the first moments of a run may cost
@@ -53,6 +52,7 @@ class Counters:
     gone: int = 0  # deleted at the source while we were at it
     flags: int = 0  # messages whose flags were carried later
     checked: int = 0  # that the destination was asked for at the end
+    commands: int = 0  # to both servers
     fetched_bytes: int = 0
     copied_bytes: int = 0
     different: int = 0
@@ -108,6 +108,7 @@ class Target:
     dated: dict[int, list[str]] = field(default_factory=dict)  # time received -> handles that may be ours
     digests: dict[str, bytes] = field(default_factory=dict)
     retired: dict[bytes, list[Copy]] = field(default_factory=dict)  # by SHA-256
+    newest: int = 0  # UID of the newest copy in this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +122,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Messages that cannot be had, and why."""
+    """A message that cannot be had, and why."""
 
-    messages: tuple[Message, ...]
-    reason: str  # "" = they are gone
+    message: Message
+    reason: str  # "" = it is gone
     weight: int
+
+
+_Ready = Batch | Failed | None  # None: nothing more comes
 
 
 class Importer:
@@ -197,8 +201,8 @@ class Importer:
                 continue
             await self._folder(folder, row, _Route(folder, self._target_of(folder, where, roles), where))
         for target in self._targets.values():  # nobody need ask any more what is there
-            held = await self._sink.ensure(target.name)
-            await self._write(records.settle_target, target.row.id, held.uid_next)
+            await self._write(records.settle_target, target.row.id, target.newest + 1)
+        self.counters.commands += self._source.connection.commands + self._sink.commands
 
     def _choose(self, folders: Sequence[Folder]) -> list[Folder]:
         if not self._source.is_gmail or self._options.gmail != "message":
@@ -309,7 +313,7 @@ class Importer:
     async def _copy(self, walk: _Walk, name: str, messages: Sequence[Message]) -> None:
         """Fetch and place messages of one destination, the two at the same time."""
         target = await self._open_target(name)
-        ready: asyncio.Queue[Batch | Failed | None] = asyncio.Queue()
+        ready: asyncio.Queue[_Ready] = asyncio.Queue()
         reader = asyncio.create_task(self._read_bodies(walk, name, messages, ready))
         try:
             while (each := await ready.get()) is not None:
@@ -325,139 +329,111 @@ class Importer:
                     await reader
 
     async def _read_bodies(
-        self,
-        walk: _Walk,
-        name: str,
-        messages: Sequence[Message],
-        ready: asyncio.Queue[Batch | Failed | None],
+        self, walk: _Walk, name: str, messages: Sequence[Message], ready: asyncio.Queue[_Ready]
     ) -> None:
         longest = min(self._settings.message_bytes, self._sink.longest or self._settings.message_bytes)
         at_once = 1 if self._failed_singly else _BATCH
-        asked: deque[tuple[list[Message], Any, int]] = deque()
+        reading = _Reading(name, ready, Bodies(self._source, self._settings))
+        some: list[Message] = []
+        weight = 0
         try:
-            some: list[Message] = []
-            weight = 0
             for message in messages:
                 if message.size > longest:
-                    ready.put_nowait(
-                        Failed((message,), f"it has {message.size} bytes, the most is {longest}", 0)
-                    )
-                    continue
-                long = message.size > self._settings.whole_bytes
-                if some and (long or weight + message.size > self._window.limit // 4 or len(some) >= at_once):
-                    await self._ask(some, weight, asked, name, ready)
+                    text = f"it has {message.size} bytes, the most is {longest}"
+                    ready.put_nowait(Failed(message, text, 0))
+                elif message.size > self._settings.whole_bytes:
+                    await self._ask(reading, some)
+                    await self._drain(reading)
                     some, weight = [], 0
-                if long:
-                    while asked:
-                        await self._take(name, ready, *asked.popleft())
-                    await self._take_long(walk, name, message, ready)
+                    await self._take_long(reading, walk, message)
                 else:
+                    if some and (weight + message.size > self._window.limit // 4 or len(some) >= at_once):
+                        await self._ask(reading, some)
+                        some, weight = [], 0
                     some.append(message)
                     weight += message.size
-            if some:
-                await self._ask(some, weight, asked, name, ready)
-            while asked:
-                await self._take(name, ready, *asked.popleft())
+            await self._ask(reading, some)
+            await self._drain(reading)
         finally:
             ready.put_nowait(None)
 
-    async def _ask(
-        self,
-        messages: list[Message],
-        weight: int,
-        asked: deque[tuple[list[Message], Any, int]],
-        name: str,
-        ready: asyncio.Queue[Batch | Failed | None],
-    ) -> None:
-        while len(asked) >= _REQUESTS:
-            await self._take(name, ready, *asked.popleft())
+    async def _ask(self, reading: _Reading, messages: list[Message]) -> None:
+        if not messages:
+            return
+        weight = sum(message.size for message in messages)
         await self._keep_to_the_pace(weight)
-        while asked and self._window.is_full_for(weight):
-            await self._take(name, ready, *asked.popleft())
+        bodies = reading.bodies
+        while bodies.requests and (bodies.requests >= _REQUESTS or self._window.is_full_for(weight)):
+            await self._take(reading)
         await self._window.enter(weight)
-        asked.append((messages, await self._source.request(messages), weight))
+        await bodies.ask(messages)
 
-    async def _take(
-        self,
-        name: str,
-        ready: asyncio.Queue[Batch | Failed | None],
-        messages: list[Message],
-        stream: Any,
-        weight: int,
-    ) -> None:
-        """Take what was asked for; what does not come is asked for by itself."""
+    async def _take(self, reading: _Reading) -> None:
+        """Take what comes until a request is answered."""
         parcels: list[Parcel] = []
         try:
-            async for parcel in self._source.collect(messages, stream):
-                parcels.append(parcel)
+            while isinstance(each := await reading.bodies.take(), Parcel):
+                self.counters.fetched_bytes += each.size
+                parcels.append(each)
         except Poisoned as error:
-            self._poisoned(error, messages, ready)
+            self._poisoned(error, reading)
             raise Temporary(f"the source cannot be read on: {error}") from None
-        except Refused as error:
-            if is_temporary(error.status):
-                raise Temporary(str(error)) from None
-        except RemoteError:
-            if parcels:  # what came before the failure is kept
-                ready.put_nowait(Batch(name, tuple(parcels), weight))
-            raise
-        self.counters.fetched_bytes += sum(parcel.size for parcel in parcels)
-        came = {parcel.message.uid for parcel in parcels}
-        for message in messages:
-            if message.uid not in came:
-                found = await self._alone(message)
-                if isinstance(found, Parcel):
-                    parcels.append(found)
-                else:
-                    ready.put_nowait(Failed((message,), found, 0))
-        ready.put_nowait(Batch(name, tuple(parcels), weight))
+        finally:  # what came before a failure is kept
+            if parcels:
+                weight = sum(parcel.message.size for parcel in parcels)
+                reading.ready.put_nowait(Batch(reading.name, tuple(parcels), weight))
+        if each.refused is not None and is_temporary(each.refused):
+            raise Temporary(f"the source: {said(each.refused)}")
+        reading.missing += each.missing
 
-    async def _alone(self, message: Message) -> Parcel | str:
-        """One message that did not come with the others: it, or why not ("" = it is gone)."""
-        reason = "the server does not give it"
-        try:
-            async for parcel in self._source.collect([message], await self._source.request([message])):
-                self.counters.fetched_bytes += parcel.size
-                return parcel
-        except Refused as error:
-            if is_temporary(error.status):
-                raise Temporary(str(error)) from None
-            reason = said(error.status)
-        return reason if await self._source.is_there(message.uid) else ""
+    async def _drain(self, reading: _Reading) -> None:
+        """Take all that was asked for; what did not come with the others is asked for alone."""
+        while reading.bodies.requests:
+            await self._take(reading)
+        missing, reading.missing = reading.missing, []
+        for message in missing:
+            await reading.bodies.ask([message])
+            reason = "the server does not give it"
+            while isinstance(each := await reading.bodies.take(), Parcel):
+                self.counters.fetched_bytes += each.size
+                reading.ready.put_nowait(Batch(reading.name, (each,), each.message.size))
+            if not each.missing:
+                continue
+            if each.refused is not None:
+                if is_temporary(each.refused):
+                    raise Temporary(f"the source: {said(each.refused)}")
+                reason = said(each.refused)
+            is_there = await self._source.is_there(message.uid)
+            reading.ready.put_nowait(Failed(message, reason if is_there else "", message.size))
 
-    def _poisoned(
-        self, error: Poisoned, messages: Sequence[Message], ready: asyncio.Queue[Batch | Failed | None]
-    ) -> None:
-        suspects = tuple(message for message in messages if message.uid in error.uids)
-        if len(suspects) == 1:
-            ready.put_nowait(Failed(suspects, str(error), 0))
+    def _poisoned(self, error: Poisoned, reading: _Reading) -> None:
+        if len(error.messages) == 1:
+            reading.ready.put_nowait(Failed(error.messages[0], str(error), 0))
         else:
             self._failed_singly = True  # the next run finds out which one it is
 
-    async def _take_long(
-        self, walk: _Walk, name: str, message: Message, ready: asyncio.Queue[Batch | Failed | None]
-    ) -> None:
+    async def _take_long(self, reading: _Reading, walk: _Walk, message: Message) -> None:
         path = self._settings.spool / f"{self._import.id}-{walk.row.id}-{message.uid}"
         weight = min(message.size, self._window.limit)  # so that few wait in files
         await self._window.enter(weight)
         await self._keep_to_the_pace(message.size)
+        reason = "the server does not give it"
         try:
             parcel = await self._source.spool(message, path)
         except Poisoned as error:
-            self._window.leave(weight)
-            self._poisoned(error, [message], ready)
+            self._poisoned(error, reading)
             path.unlink(missing_ok=True)
             raise Temporary(f"the source cannot be read on: {error}") from None
         except Refused as error:
             if is_temporary(error.status):
                 raise Temporary(str(error)) from None
-            ready.put_nowait(Failed((message,), said(error.status), weight))
-            return
-        if parcel is None:
+            parcel, reason = None, said(error.status)
+        if parcel is not None:
+            self.counters.fetched_bytes += parcel.size
+            reading.ready.put_nowait(Batch(reading.name, (parcel,), weight))
+        else:
             is_there = await self._source.is_there(message.uid)
-            ready.put_nowait(Failed((message,), "the server does not give it" if is_there else "", weight))
-            return
-        self.counters.fetched_bytes += parcel.size
-        ready.put_nowait(Batch(name, (parcel,), weight))
+            reading.ready.put_nowait(Failed(message, reason if is_there else "", weight))
 
     async def _keep_to_the_pace(self, size: int) -> None:
         """Wait, or leave, so that neither the bandwidth nor the account's day is used up."""
@@ -625,10 +601,9 @@ class Importer:
     async def _record_failed(self, walk: _Walk, target: Target, failed: Failed) -> None:
         self._window.leave(failed.weight)
         if not failed.reason:
-            self.counters.gone += len(failed.messages)
+            self.counters.gone += 1
             return
-        rows = [self._refusal(walk, target, message, failed.reason) for message in failed.messages]
-        await self._commit(records.add_copies, rows)
+        await self._commit(records.add_copies, [self._refusal(walk, target, failed.message, failed.reason)])
 
     def _count(self, how: str, size: int) -> None:
         counters = self.counters
@@ -702,6 +677,8 @@ class Importer:
         for target_id, wanted in fresh.items():
             name = self._names[target_id]
             found = {handle: seen async for handle, seen in self._sink.look(name, wanted)}
+            if target := self._targets.get(name):
+                target.newest = max([target.newest, *(int(handle) for handle in found if handle.isdigit())])
             again = {}
             for handle, copy in wanted.items():
                 seen = found.get(handle)
@@ -786,6 +763,16 @@ class DayIsOver(RemoteError):
     def __init__(self, wait_s: int) -> None:
         super().__init__("the daily limit of the source is reached")
         self.wait_s = wait_s
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Bodies on their way to one folder."""
+
+    name: str
+    ready: asyncio.Queue[_Ready]
+    bodies: Bodies
+    missing: list[Message] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

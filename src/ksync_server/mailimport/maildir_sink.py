@@ -50,6 +50,7 @@ class MaildirSink:
     separator = "."
     prefix = ""
     longest: int | None = None
+    commands = 0
 
     def __init__(self, root: Path, tag: str = "") -> None:
         """Args:

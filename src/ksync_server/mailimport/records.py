@@ -303,7 +303,10 @@ def add_target(tx: Write, number: int, name: str, uid_validity: int, uid_next: i
 
 def settle_target(tx: Write, target_id: int, uid_next: int) -> None:
     """Every copy below this UID has its row."""
-    tx.execute(sa.update(_target).where(_target.c.id == target_id).values(settled_next=uid_next))
+    c = _target.c
+    tx.execute(
+        sa.update(_target).where(c.id == target_id, c.settled_next < uid_next).values(settled_next=uid_next)
+    )
 
 
 def targets_of(tx: Read, source_id: int) -> list[int]:

@@ -111,6 +111,10 @@ class Sink(Protocol):
     def longest(self) -> int | None:
         """The longest message it takes, in bytes; None = it does not say."""
 
+    @property
+    def commands(self) -> int:
+        """How many it was asked so far."""
+
     async def places(self) -> list[Place]:
         """The folders that are there."""
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import KsyncError, Permanent, Temporary
-from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, Stream
+from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, Refused, Start
 from ksync_server.mailimport.plan import Folder, label
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
-from ksync_server.wire.imap import Data
+from ksync_server.wire.imap import Data, Status
 
 _STATUS_AT_ONCE = 20
 _PART_BYTES = 16 << 20  # of a long message, asked for at once
@@ -25,9 +26,94 @@ _SCAN = "UID FLAGS INTERNALDATE RFC822.SIZE"
 class Poisoned(KsyncError):
     """What a server sends for these messages cannot be read; the connection is of no use any more."""
 
-    def __init__(self, uids: Sequence[int], reason: str) -> None:
+    def __init__(self, messages: Sequence[Message], reason: str) -> None:
         super().__init__(reason)
-        self.uids = tuple(uids)
+        self.messages = tuple(messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A request for bodies is over."""
+
+    missing: tuple[Message, ...]  # did not come, with it or before
+    refused: Status | None  # the answer where it was not OK
+
+
+class Bodies:
+    """Bytes of messages that are asked for ahead, several requests at once; they come in the server's order.
+
+    Args:
+        source: its folder stays open meanwhile, and nothing else is asked of it.
+    """
+
+    def __init__(self, source: Source, settings: configuration.MailImport) -> None:
+        self._connection = source.connection
+        self._inlet = Inlet(source.connection)
+        self._longest = max(2 * settings.whole_bytes, settings.window_bytes)
+        self._requests: dict[str, tuple[Message, ...]] = {}  # by tag
+        self._wanted: dict[int, Message] = {}
+        self._pieces: list[memoryview] = []
+        self._hashed = hashlib.sha256()
+        self._size = -1  # of what came of a body; -1: no literal
+
+    @property
+    def requests(self) -> int:
+        """How many are under way."""
+        return len(self._requests)
+
+    async def ask(self, messages: Sequence[Message]) -> None:
+        """Ask for some messages without waiting for them.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        uids = ",".join(imap.sequence_set([message.uid for message in messages], longest=1 << 30))
+        self._wanted |= {message.uid: message for message in messages}
+        pending = await self._connection.send("UID FETCH", uids, "(UID BODY.PEEK[])", inlet=self._inlet)
+        self._requests[pending.tag] = tuple(messages)
+
+    async def take(self) -> Parcel | Answered:
+        """The next message, or the end of a request.
+
+        Raises:
+            Poisoned: a message is longer than any may be.
+            RemoteError: the server failed.
+        """
+        while True:
+            each = await self._inlet.take()
+            if isinstance(each, Piece):
+                self._size += len(each.data)
+                self._hashed.update(each.data)
+                self._pieces.append(each.data)
+            elif isinstance(each, Start):
+                self._pieces, self._hashed, self._size = [], hashlib.sha256(), 0
+                if each.size > self._longest:
+                    self._connection.abort()
+                    named = self._wanted.get(each.uid or 0)
+                    suspects = [named] if named else list(self._wanted.values())
+                    raise Poisoned(suspects, f"the server sends {each.size} bytes for it")
+            elif isinstance(each, Ended):
+                asked = self._requests.pop(each.tag)
+                missing = tuple(message for message in asked if self._wanted.pop(message.uid, None))
+                return Answered(missing, None if each.status.word == "OK" else each.status)
+            elif (parcel := self._parcel(each)) is not None:
+                return parcel
+
+    def _parcel(self, found: Data) -> Parcel | None:
+        if found.name != "FETCH" or not found.values:
+            return None
+        named = imap.pairs(found.values[0])
+        if "BODY[]" not in named or "UID" not in named:
+            return None  # unasked for: the flags of a message changed
+        pieces, digest, size = tuple(self._pieces), self._hashed.digest(), self._size
+        self._pieces, self._size = [], -1
+        body = named["BODY[]"]
+        if isinstance(body, bytes):  # a short one may come in quotes
+            pieces, digest, size = (memoryview(body),), hashlib.sha256(body).digest(), len(body)
+        if size < 0:  # NIL: the server cannot read it
+            return None
+        message = self._wanted.pop(imap.number(named["UID"]), None)
+        return None if message is None else Parcel(message, size, digest, pieces)
 
 
 class Source:
@@ -174,61 +260,15 @@ class Source:
                         found[int(uid)] = " ".join(text.split())[:200]
         return found
 
-    # -- bytes ------------------------------------------------------------------------------------
-
-    async def request(self, messages: Sequence[Message]) -> Stream:
-        """Ask for the bytes of some messages without waiting for them.
-
-        Raises:
-            RemoteError: the connection is gone.
-        """
-        uids = ",".join(imap.sequence_set([message.uid for message in messages], longest=1 << 30))
-        return await self.connection.stream("UID FETCH", uids, "(UID BODY.PEEK[])")
-
-    async def collect(self, asked: Sequence[Message], stream: Stream) -> AsyncIterator[Parcel]:
-        """The messages of a request, in the server's order; those that are gone are missing.
-
-        Raises:
-            Poisoned: a message is longer than any may be.
-            Refused: NO or BAD at the end.
-            RemoteError: the server failed.
-        """
-        wanted = {message.uid: message for message in asked}
-        pieces: list[memoryview] = []
-        hashed, size = hashlib.sha256(), -1  # -1: no literal came
-        most = max(2 * self._settings.whole_bytes, self._settings.window_bytes)
-        async for each in stream:
-            if isinstance(each, Piece):
-                size += len(each.data)
-                hashed.update(each.data)
-                pieces.append(each.data)
-            elif isinstance(each, Start):
-                pieces, hashed, size = [], hashlib.sha256(), 0
-                if each.size > most:
-                    suspects = [each.uid] if each.uid else list(wanted)
-                    self.connection.abort()
-                    raise Poisoned(suspects, f"the server sends {each.size} bytes for it")
-            elif each.name == "FETCH" and each.values:
-                found = imap.pairs(each.values[0])
-                if "BODY[]" not in found or "UID" not in found:
-                    continue
-                message = wanted.pop(imap.number(found["UID"]), None)
-                body = found["BODY[]"]
-                if message is None:
-                    continue
-                if isinstance(body, bytes):  # a short one may come in quotes
-                    pieces, hashed, size = [memoryview(body)], hashlib.sha256(body), len(body)
-                elif size < 0:  # NIL: the server cannot read it
-                    continue
-                yield Parcel(message, size, hashed.digest(), tuple(pieces))
-                pieces, size = [], -1
+    # -- bytes: see also `Bodies` -------------------------------------------------------------------
 
     async def spool(self, message: Message, path: Path) -> Parcel | None:
         """Fetch a long message into a file, and go on where an earlier try ended; None where it is gone.
 
         Raises:
             Poisoned: it is longer than any may be.
-            Refused, RemoteError: as `collect`; what came so far stays in the file.
+            Refused: NO or BAD.
+            RemoteError: the server failed; what came so far stays in the file.
 
         Cost: 64 KiB of memory, whatever its size.
         """
@@ -241,7 +281,7 @@ class Source:
                 async for each in await self.connection.stream("UID FETCH", str(message.uid), part):
                     if isinstance(each, Start) and at + each.size > self._settings.message_bytes:
                         self.connection.abort()
-                        raise Poisoned([message.uid], f"longer than {self._settings.message_bytes} bytes")
+                        raise Poisoned([message], f"longer than {self._settings.message_bytes} bytes")
                     if isinstance(each, Piece):
                         file.write(each.data)
                         came += len(each.data)
