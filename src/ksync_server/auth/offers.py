@@ -20,6 +20,7 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seats_min: int = 0
     seats_max: int | None = None
     storage_gb: int | None = None
+    mail: bool = False
     ksuite: int | None = None
 
 
@@ -33,6 +34,7 @@ class Offer:
     seats_min: int
     seats_max: int | None
     storage_bytes: int | None
+    mail: bool  # a mail service: its seats are addresses, and it may join a kSuite
     ksuite: int | None  # its rank among the kSuites; None = it is none
 
 
@@ -57,6 +59,7 @@ class Offers:
                 row.seats_min,
                 row.seats_max,
                 None if row.storage_gb is None else row.storage_gb * GB,
+                row.mail,
                 row.ksuite,
             )
             for name, row in rows.items()

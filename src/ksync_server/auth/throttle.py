@@ -29,6 +29,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ksync_server import settings as configuration
+from ksync_server.auth import audit
+from ksync_server.auth.audit import OPERATOR, Actor
 from ksync_server.auth.keys import Keys
 from ksync_server.auth.passwords import parsed_address
 from ksync_server.errors import KsyncError
@@ -102,6 +104,10 @@ class Count:
 def _count(row: Row) -> Count:
     key, failures, since, strikes, blocked, trusted, kept, seen = row
     return Count(key, failures, since, strikes, blocked, trusted, kept, bytes(seen))
+
+
+def _put(tx: Write, count: Count) -> None:
+    tx.fast(_PUT, {f"{name}_": getattr(count, name) for name in Count.__slots__})
 
 
 def added(count: Count, marks: Iterable[bytes], limit: int, settings: configuration.Auth, now: int) -> Count:
@@ -433,8 +439,7 @@ class Throttle:
                 limit, marks = failed[key]
                 after = added(after, marks, limit, settings, now)
             if after != before:
-                values = {f"{name}_": getattr(after, name) for name in Count.__slots__}
-                tx.fast(_PUT, values)
+                _put(tx, after)
 
     def close(self) -> None:
         """Write what waits and end the thread."""
@@ -445,6 +450,97 @@ class Throttle:
         if thread is not None:
             thread.join()
             self.flush()
+
+
+# -- for operators --------------------------------------------------------------------------------
+
+_BLOCKING = sa.select(*_COLUMNS).where(_T.blocked_until > _P("now")).order_by(_T.blocked_until.desc(), _T.key)
+_NAMES = sa.select(t.account.c.sync_id, t.account.c.login_key)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A count that refuses log-ins now. Rows say neither name nor network: both are known where asked for."""
+
+    key: str
+    account: (
+        str | None
+    )  # sync id; None = a network's, or a name that no account has, or a place not asked for
+    network: str | None
+    failures: int
+    strikes: int
+    ends_at: int  # Unix seconds
+
+
+def blocks(tx: Read, throttle: Throttle, now: int, addresses: Iterable[str] = ()) -> list[Block]:
+    """What is blocked now, the longest first.
+
+    Args:
+        addresses: peers whose network is looked for, alone and with each account; others cannot be told from
+            their hashes.
+
+    Cost: reads the table; three keyed hashes for each name of each account and each address.
+    """
+    counts = [_count(row) for row in tx.fast(_BLOCKING, {"now": now})]
+    known: dict[str, tuple[str | None, str | None]] = {}
+    for sync_id, login in tx.fast(_NAMES) if counts else ():
+        for name in (sync_id, login):
+            known[throttle.attempt(name, "", "").name] = (sync_id, None)
+            for address in addresses:
+                one, where = throttle.attempt(name, address, ""), network(address)
+                known |= {one.place: (sync_id, where), one.network: (None, where)}
+    return [
+        Block(each.key, *known.get(each.key, (None, None)), each.failures, each.strikes, each.blocked_until)
+        for each in counts
+    ]
+
+
+def lift(
+    tx: Write,
+    throttle: Throttle,
+    settings: configuration.Auth,
+    now: int,
+    *,
+    key: str | None = None,
+    account: str | None = None,
+    address: str | None = None,
+    actor: Actor = OPERATOR,
+) -> list[Block]:
+    """End blocks now, with the failures behind them; wrong secrets that were seen stay known.
+
+    With an account and an address, all that blocks this account there; with one of the two, the count of its
+    name or of the network; with neither, everything. Guesses that a running process has not written yet, a
+    second's at most, may count again.
+
+    Args:
+        key: only this one, as `blocks` names it.
+        account: sync id.
+
+    Returns:
+        What was lifted.
+    """
+    where = None if address is None else network(address)
+
+    def meant(block: Block) -> bool:
+        if key is not None:
+            return block.key == key
+        if account is None:
+            return address is None or (block.account is None and block.network == where)
+        return block.account == account or (
+            address is not None and (block.account, block.network) == (None, where)
+        )
+
+    lifted = [
+        each for each in blocks(tx, throttle, now, () if address is None else (address,)) if meant(each)
+    ]
+    for each in lifted:
+        row = tx.one(_LOCKED, {"key": each.key})
+        if row is not None:
+            _put(tx, improved(_count(row), _ANYWHERE, settings, now))
+    if lifted:
+        detail: dict[str, object] = {"keys": [each.key for each in lifted][:_PRUNED], "network": where}
+        audit.record(tx, actor, "throttle.lift", account or key or where or "everything", detail)
+    return lifted
 
 
 def _batches(keys: list[str]) -> Iterator[list[str]]:
