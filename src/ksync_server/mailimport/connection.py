@@ -23,7 +23,17 @@ from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, Permanent, RemoteError, Temporary
 from ksync_server.networks import Networks, is_loopback
 from ksync_server.wire import imap
-from ksync_server.wire.imap import Continue, Data, Literal, LiteralData, LiteralStart, Status, Text, Value
+from ksync_server.wire.imap import (
+    Continue,
+    Data,
+    Fetched,
+    Literal,
+    LiteralData,
+    LiteralStart,
+    Status,
+    Text,
+    Value,
+)
 
 SECURITIES = ("tls", "starttls", "none")
 MECHANISMS = ("password", "xoauth2")
@@ -99,7 +109,7 @@ def is_temporary(status: Status) -> bool:
 # -- what comes in ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Start:
     """A body begins."""
 
@@ -107,7 +117,7 @@ class Start:
     uid: int | None = None  # where the server said it before
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """A part of the body that began."""
 
@@ -127,12 +137,12 @@ class Inlet:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._waiting: deque[Start | Piece | Data | Ended] = deque()
+        self._waiting: deque[Start | Piece | Data | Fetched | Ended] = deque()
         self._taker: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self.held = 0
 
-    def put(self, each: Start | Piece | Data | Ended) -> None:
+    def put(self, each: Start | Piece | Data | Fetched | Ended) -> None:
         """Called by the connection."""
         self._waiting.append(each)
         if isinstance(each, Piece):
@@ -144,13 +154,13 @@ class Inlet:
         self._error = error
         self._wake()
 
-    async def take(self) -> Start | Piece | Data | Ended:
+    async def take(self) -> Start | Piece | Data | Fetched | Ended:
         """The next thing.
 
         Raises:
             RemoteError: the connection is gone.
         """
-        while not self._waiting:
+        while not self._waiting:  # no task switch where something waits
             if self._error is not None:
                 raise self._error
             self._taker = asyncio.get_running_loop().create_future()
@@ -173,7 +183,7 @@ class Stream:
     name: str
     inlet: Inlet
 
-    async def __aiter__(self) -> AsyncIterator[Start | Piece | Data]:
+    async def __aiter__(self) -> AsyncIterator[Start | Piece | Data | Fetched]:
         """What the server gives.
 
         Raises:
@@ -271,19 +281,19 @@ class Connection(asyncio.Protocol):
 
     def _read(self, data: bytes) -> None:
         for event in self._framer.feed(data):
-            if isinstance(event, LiteralData):
-                self._literal_data(event.data)
-            elif isinstance(event, Text):
+            if isinstance(event, Text):
                 self._pieces.append(event.data)
-            elif isinstance(event, LiteralStart):
-                self._literal_start(event.size)
+                if event.ends:
+                    pieces, self._pieces = self._pieces, []
+                    self._answer(imap.response(pieces))
+            elif isinstance(event, LiteralData):
+                self._literal_data(event.data)
             else:
-                pieces, self._pieces = self._pieces, []
-                self._answer(imap.response(pieces))
+                self._literal_start(event)
         self.balance()
 
-    def _literal_start(self, size: int) -> None:
-        head = self._pieces[-1]
+    def _literal_start(self, event: LiteralStart) -> None:
+        size, head = event.size, self._pieces[-1]
         oldest = self._pending[0] if self._pending else None
         self._left = size
         if oldest is not None and oldest.inlet is not None and _BODY.search(bytes(head)):  # type: ignore[arg-type]
@@ -315,15 +325,16 @@ class Connection(asyncio.Protocol):
         if isinstance(response, Continue):
             if self._continued is not None and not self._continued.done():
                 self._continued.set_result(response.text)
-        elif isinstance(response, Data):
-            if response.name == "CAPABILITY":
+        elif isinstance(response, Data | Fetched):
+            if isinstance(response, Data) and response.name == "CAPABILITY":
                 self.capabilities = _capabilities(response.values)
-            if self._pending:
-                oldest = self._pending[0]
-                if oldest.inlet is None:
-                    oldest.data.append(response)
-                else:
-                    oldest.inlet.put(response)
+            oldest = self._pending[0] if self._pending else None
+            if oldest is None:
+                return  # unasked for
+            if oldest.inlet is not None:
+                oldest.inlet.put(response)
+            elif isinstance(response, Data):
+                oldest.data.append(response)
         elif response.tag:
             self._tagged(response)
         else:

@@ -26,7 +26,7 @@ from ksync_server.mailimport.sinks import (
     canonical,
 )
 from ksync_server.wire import imap
-from ksync_server.wire.imap import Data
+from ksync_server.wire.imap import Fetched
 
 _FULL = frozenset({"OVERQUOTA"})
 _FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
@@ -163,8 +163,8 @@ class ImapSink:
 
     async def _seen(self, uids: str) -> AsyncIterator[tuple[str, Seen]]:
         async for each in await self._connection.stream("UID FETCH", uids, _LOOK):
-            if isinstance(each, Data) and each.name == "FETCH" and each.values:
-                found = imap.pairs(each.values[0])
+            if isinstance(each, Fetched):
+                found = each.found
                 if {"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"} <= found.keys():
                     date = imap.internal_date(found["INTERNALDATE"])
                     size = imap.number(found["RFC822.SIZE"])
@@ -183,10 +183,8 @@ class ImapSink:
                     hashed = hashlib.sha256()
                 elif isinstance(each, Piece):
                     hashed.update(canonical(each.data) if as_stored else each.data)
-                elif (
-                    each.name == "FETCH" and each.values and "BODY[]" in (found := imap.pairs(each.values[0]))
-                ):
-                    digests[str(imap.number(found.get("UID")))] = hashed.digest()
+                elif isinstance(each, Fetched) and "BODY[]" in each.found:
+                    digests[str(imap.number(each.found.get("UID")))] = hashed.digest()
         return digests
 
     # -- what is added ----------------------------------------------------------------------------

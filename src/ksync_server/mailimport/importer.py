@@ -66,9 +66,14 @@ class Counters:
 
 
 class Window:
-    """Bytes that are fetched, or asked for, and not recorded yet."""
+    """Bytes that are fetched, or asked for, and not recorded yet.
 
-    def __init__(self, most: int, *, careful: bool) -> None:
+    Args:
+        most: says how many there may be at most, which may change.
+        careful: there was a crash.
+    """
+
+    def __init__(self, most: Callable[[], int], *, careful: bool) -> None:
         self._most = most
         self._careful = careful
         self._used = 0
@@ -78,7 +83,8 @@ class Window:
     @property
     def limit(self) -> int:
         """How many there may be now."""
-        return min(self._most, max(_LEAST_WINDOW, self._done // _SHARE)) if self._careful else self._most
+        most = self._most()
+        return min(most, max(_LEAST_WINDOW, self._done // _SHARE)) if self._careful else most
 
     def is_full_for(self, size: int) -> bool:
         """Whether `enter` would wait."""
@@ -138,6 +144,7 @@ class Importer:
 
     Args:
         thread: runs what blocks, one after the other.
+        window: says how many bytes may be fetched and not recorded yet.
     """
 
     def __init__(
@@ -150,6 +157,7 @@ class Importer:
         source: Source,
         sink: Sink,
         thread: Executor,
+        window: Callable[[], int],
     ) -> None:
         self._job = job
         self._database = database
@@ -160,7 +168,7 @@ class Importer:
         self._sink = sink
         self._thread = thread
         state = job.state or {}
-        self._window = Window(settings.window_bytes, careful=bool(state.get("crashes")))
+        self._window = Window(window, careful=bool(state.get("crashes")))
         self.counters = Counters(**state.get("counters", {}))
         self._failed_singly = bool(state.get("singly"))
         self._settled: list[int] = list(
@@ -201,8 +209,8 @@ class Importer:
             if row is not None and (row.id in self._settled or _is_unchanged(folder, row)):
                 continue
             await self._folder(folder, row, _Route(folder, self._target_of(folder, where, roles), where))
-        for target in self._targets.values():  # nobody need ask any more what is there
-            await self._write(records.settle_target, target.row.id, target.newest + 1)
+        settled = [(target.row.id, target.newest + 1) for target in self._targets.values()]
+        await self._write(records.settle_targets, settled)  # nobody need ask any more what is there
         self.counters.commands += self._source.connection.commands + self._sink.commands
 
     def _choose(self, folders: Sequence[Folder]) -> list[Folder]:
@@ -254,9 +262,11 @@ class Importer:
         for first in range(max(row.uid_next, 1), folder.uid_next, _SCAN_UIDS):
             last = min(first + _SCAN_UIDS, folder.uid_next) - 1
             await self._stretch(row, route, await self._source.scan(first, last))
-            # The rest of the folder is still to come, so its numbers say that it is not done.
-            row = replace(row, uid_next=last + 1, messages=-1, modseq=folder.modseq)
-            await self._commit(records.settle_source, row)
+            if (
+                last + 1 < folder.uid_next
+            ):  # the rest is still to come, so the numbers say that it is not done
+                row = replace(row, uid_next=last + 1, messages=-1, modseq=folder.modseq)
+                await self._commit(records.settle_source, row)
         row = replace(row, uid_next=folder.uid_next, messages=folder.messages, modseq=folder.modseq)
         if not folder.modseq:
             self._settled.append(row.id)

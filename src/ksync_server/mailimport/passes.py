@@ -9,10 +9,12 @@ it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,22 @@ class Passes:
         self._settings = settings
         self._database = database
         self._keys = keys
+        self._running = 0  # imports in this process
+        self._lock = threading.Lock()
+
+    def _window(self) -> int:
+        """The share of one import in what this process may hold."""
+        return self._settings.mail_import.window_bytes // max(self._running, 1)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def run(self, job: Job) -> None:
         """One run of a pass, to its end or to a pause.
@@ -97,9 +115,9 @@ class Passes:
             state["crashes"] = state.get("crashes", 0) + 1
         job.state = state or None
         self._database.write(lambda tx: records.set_state(tx, imported.id, "running"))
-        run = _Run(self._settings, self._database, self._keys, job, imported)
+        run = _Run(self._settings, self._database, self._keys, job, imported, self._window)
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with self._counted(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 report = runner.run(run.run())
         except Cancelled:
             self._end(job, imported, "cancelled", run.report("It was cancelled."), fenced=False)
@@ -175,7 +193,9 @@ class _Run:
         keys: Keys,
         job: Job,
         imported: records.Import,
+        window: Callable[[], int],
     ) -> None:
+        self._window = window
         self._settings = settings
         self._database = database
         self._keys = keys
@@ -236,7 +256,9 @@ class _Run:
 
     async def _copy(self, options: Options, source: Source, sink: Sink, thread: Executor) -> dict[str, Any]:
         settings = self._settings.mail_import
-        importer = Importer(self._job, self._database, settings, self._import, options, source, sink, thread)
+        importer = Importer(
+            self._job, self._database, settings, self._import, options, source, sink, thread, self._window
+        )
         folders, insane = sane(await source.folders())
         for name in insane:
             importer.counters.note(f"A folder cannot be imported for its name: {name!r:.60}")

@@ -301,12 +301,12 @@ def add_target(tx: Write, number: int, name: str, uid_validity: int, uid_next: i
     return TargetFolder(found, uid_validity, uid_next, 1)
 
 
-def settle_target(tx: Write, target_id: int, uid_next: int) -> None:
-    """Every copy below this UID has its row."""
+def settle_targets(tx: Write, settled: Iterable[tuple[int, int]]) -> None:
+    """Every copy below a UID has its row: (target, UID)."""
     c = _target.c
-    tx.execute(
-        sa.update(_target).where(c.id == target_id, c.settled_next < uid_next).values(settled_next=uid_next)
-    )
+    for target_id, uid_next in settled:
+        further = sa.update(_target).where(c.id == target_id, c.settled_next < uid_next)
+        tx.execute(further.values(settled_next=uid_next))
 
 
 def targets_of(tx: Read, source_id: int) -> list[int]:

@@ -15,7 +15,7 @@ from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, 
 from ksync_server.mailimport.plan import Folder, label
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
-from ksync_server.wire.imap import Data, Status
+from ksync_server.wire.imap import Data, Fetched, Status
 
 _STATUS_AT_ONCE = 20
 _PART_BYTES = 16 << 20  # of a long message, asked for at once
@@ -49,7 +49,7 @@ class Bodies:
     def __init__(self, source: Source, settings: configuration.MailImport) -> None:
         self._connection = source.connection
         self._inlet = Inlet(source.connection)
-        self._longest = max(2 * settings.whole_bytes, settings.window_bytes)
+        self._longest = 2 * settings.whole_bytes  # of one whose size was said to be below that
         self._requests: dict[str, tuple[Message, ...]] = {}  # by tag
         self._wanted: dict[int, Message] = {}
         self._pieces: list[memoryview] = []
@@ -96,13 +96,10 @@ class Bodies:
                 asked = self._requests.pop(each.tag)
                 missing = tuple(message for message in asked if self._wanted.pop(message.uid, None))
                 return Answered(missing, None if each.status.word == "OK" else each.status)
-            elif (parcel := self._parcel(each)) is not None:
+            elif isinstance(each, Fetched) and (parcel := self._parcel(each.found)) is not None:
                 return parcel
 
-    def _parcel(self, found: Data) -> Parcel | None:
-        if found.name != "FETCH" or not found.values:
-            return None
-        named = imap.pairs(found.values[0])
+    def _parcel(self, named: dict[str, imap.Value]) -> Parcel | None:
         if "BODY[]" not in named or "UID" not in named:
             return None  # unasked for: the flags of a message changed
         pieces, digest, size = tuple(self._pieces), self._hashed.digest(), self._size
@@ -221,8 +218,8 @@ class Source:
         changed = f" (CHANGEDSINCE {since})" if since else ""
         found = []
         async for each in await self.connection.stream("UID FETCH", f"{first}:{last}", items + changed):
-            if isinstance(each, Data) and each.name == "FETCH" and each.values:
-                message = self._message(imap.pairs(each.values[0]))
+            if isinstance(each, Fetched):
+                message = self._message(each.found)
                 if message is not None and first <= message.uid <= last:
                     found.append(message)
         return sorted(found, key=lambda message: message.uid)
@@ -253,8 +250,8 @@ class Source:
                     body.clear()
                 elif isinstance(each, Piece):
                     body += each.data
-                elif each.name == "FETCH" and each.values:
-                    uid = imap.pairs(each.values[0]).get("UID")
+                elif isinstance(each, Fetched):
+                    uid = each.found.get("UID")
                     if isinstance(uid, str) and imap.is_number(uid):
                         text = bytes(body).partition(b":")[2].decode("utf-8", "replace")
                         found[int(uid)] = " ".join(text.split())[:200]
@@ -285,10 +282,9 @@ class Source:
                     if isinstance(each, Piece):
                         file.write(each.data)
                         came += len(each.data)
-                    elif isinstance(each, Data) and each.name == "FETCH" and each.values:
-                        names = imap.pairs(each.values[0])
-                        there = there or any(name.startswith("BODY[]") for name in names)
-                        if "BODY[]" in names and at and came:
+                    elif isinstance(each, Fetched):
+                        there = there or any(name.startswith("BODY[]") for name in each.found)
+                        if "BODY[]" in each.found and at and came:
                             file.truncate(at)
                             raise Temporary("the server gives no parts of a message")
                 if not there:
@@ -301,10 +297,11 @@ class Source:
 
     async def is_there(self, uid: int) -> bool:
         """Whether a message of the open folder has not gone."""
+        found = False
         async for each in await self.connection.stream("UID FETCH", str(uid), "(UID)"):
-            if isinstance(each, Data) and each.name == "FETCH":
-                return True
-        return False
+            if isinstance(each, Fetched) and each.found.get("UID") == str(uid):
+                found = True
+        return found
 
 
 def _with(folder: Folder, numbers: dict[str, int]) -> Folder:
