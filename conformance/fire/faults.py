@@ -137,10 +137,26 @@ def databasefull(scene: Scene) -> list[Finding]:
     ):
         control = own.control
 
+        def lives() -> bool:
+            try:
+                psycopg.connect(own.admin_url).close()
+            except psycopg.OperationalError:
+                if not (control.pgdata / "postmaster.pid").exists():
+                    control.start()
+                return False
+            return True
+
+        def fill_log() -> None:
+            fill(log / "filler")
+            with contextlib.suppress(psycopg.OperationalError):
+                with psycopg.connect(own.admin_url, autocommit=True) as connection:
+                    for _ in range(20):  # through the segments that are there already
+                        connection.execute("SELECT pg_logical_emit_message(true, 'fire', 'on')")
+                        connection.execute("SELECT pg_switch_wal()")
+
         def room_for_log() -> None:
             (log / "filler").unlink()
-            if control.get_pid() is None:
-                control.start()
+            wait_until(lives, "PostgreSQL answers")
 
         with Server(scene.data, [f"database.url={url}", *scene.more]) as server:
             with Load(server, may_refuse=True, seed=scene.seed) as load:
@@ -149,7 +165,7 @@ def databasefull(scene: Scene) -> list[Finding]:
                     scene, server, load, "PostgreSQL's disk full", lambda: fill(filler), filler.unlink
                 )
                 found += endure(
-                    scene, server, load, "its log's disk full", lambda: fill(log / "filler"), room_for_log
+                    scene, server, load, "its log's disk full", fill_log, room_for_log
                 )
             found.append(_no_faults(server, load))
         return found + whole(server)
