@@ -164,9 +164,7 @@ def databasefull(scene: Scene) -> list[Finding]:
                 found = endure(
                     scene, server, load, "PostgreSQL's disk full", lambda: fill(filler), filler.unlink
                 )
-                found += endure(
-                    scene, server, load, "its log's disk full", fill_log, room_for_log
-                )
+                found += endure(scene, server, load, "its log's disk full", fill_log, room_for_log)
             found.append(_no_faults(server, load))
         return found + whole(server)
 
