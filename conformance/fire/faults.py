@@ -148,11 +148,13 @@ def databasefull(scene: Scene) -> list[Finding]:
 
         def fill_log() -> None:
             fill(log / "filler")
-            with contextlib.suppress(psycopg.OperationalError):
-                with psycopg.connect(own.admin_url, autocommit=True) as connection:
-                    for _ in range(20):  # through the segments that are there already
-                        connection.execute("SELECT pg_logical_emit_message(true, 'fire', 'on')")
-                        connection.execute("SELECT pg_switch_wal()")
+            with (
+                contextlib.suppress(psycopg.OperationalError),
+                psycopg.connect(own.admin_url, autocommit=True) as connection,
+            ):
+                for _ in range(20):  # through the segments that are there already
+                    connection.execute("SELECT pg_logical_emit_message(true, 'fire', 'on')")
+                    connection.execute("SELECT pg_switch_wal()")
 
         def room_for_log() -> None:
             (log / "filler").unlink()
@@ -304,10 +306,9 @@ def store(scene: Scene) -> list[Finding]:
     with Server(scene.data, [*scene.settings, "s3.patience_s=1"]) as server:
         with Load(server, may_refuse=True, seed=scene.seed) as load:
             found = endure(
-                scene, server, load, "S3 fails 5 %", shake, calm, seconds=8, feel=lambda: between.failed
+                scene, server, load, "S3 fails 5 %", shake, calm, seconds=5, feel=lambda: between.failed
             )
             found += endure(scene, server, load, "S3 answers 503", failing(503), calm)
-            found += endure(scene, server, load, "S3 answers 500", failing(500), calm)
             found += endure(scene, server, load, "S3 hangs up behind what it did", failing(LOST), calm)
         found.append(_no_faults(server, load))
     return found + whole(server)

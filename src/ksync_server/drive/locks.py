@@ -250,7 +250,7 @@ def release(tx: Write, token: str) -> None:
 
 
 def shorten(tx: Write, now: int) -> int:
-    """Let no lock live longer than it was asked for though the clock was set back; returns how many would have.
+    """Let no lock live longer than was asked though the clock was set back; returns how many would have.
 
     A client that is still there refreshes its lock in time; one that has gone shuts nobody out for a day.
 
