@@ -94,7 +94,7 @@ def play(part: str, database: str, chosen: argparse.Namespace) -> Sequence[Findi
         try:
             return PARTS[part](scene)
         except (AssertionError, TimeoutError, RuntimeError) as error:
-            return [Finding(f"{part} came to its end", [repr(error)[:2000]])]
+            return [Finding(f"{part} came to its end", [repr(error)[-2000:]])]
 
 
 @contextlib.contextmanager

@@ -54,6 +54,14 @@ def free_ports() -> int:
             return port
 
 
+def _reserve(port: int) -> socket.socket:
+    """Keep a port from becoming that of some client's connection while nobody listens on it."""
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", port))
+    return kept
+
+
 def lives(pid: int) -> bool:
     """Whether a process runs; one that ended and was not waited for does not."""
     try:
@@ -88,6 +96,7 @@ class Server:
         self.data = data
         self._settings = [f"blobs.extent_bytes={EXTENT_BYTES}", "drive.transfers=400", *settings]
         self._port = free_ports()
+        self._reserved = [_reserve(self._port), _reserve(self._port + 1)]
         self._stack = contextlib.ExitStack()
         self.start()
 
@@ -96,6 +105,8 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        for each in self._reserved:
+            each.close()
 
     def stop(self) -> int:
         """End it politely; returns the exit status."""
