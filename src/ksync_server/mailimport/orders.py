@@ -191,7 +191,7 @@ async def survey(settings: configuration.Settings, order: Order) -> Survey:
 def _by_label(folder: plan.Folder, where: Map) -> str:
     """What becomes of a view of Gmail where messages go by their labels."""
     if plan.ALL in folder.attributes:
-        return f"{where.role('\\archive')} (what has no label)"
+        return where.role("\\archive") + " (what has no label)"
     if plan.FLAGGED in folder.attributes:
         return "- (a flag)"
     if plan.IMPORTANT in folder.attributes:
