@@ -251,9 +251,7 @@ class Outbound(Section, frozen=True):
 class MailImport(Section, frozen=True):
     """Import of mailboxes from other servers."""
 
-    plain: bool = (
-        False  # whether a server may be asked without TLS: passwords and mail are readable on the way
-    )
+    plain: bool = False  # a server may be asked without TLS: passwords and mail are readable on the way
     message_bytes: int = 256 * MIB  # a longer message is refused and reported
     whole_bytes: int = 1 * MIB  # a longer message is never held as a whole
     spool: Path = Path("data/spool")  # such messages are kept here until they are placed
