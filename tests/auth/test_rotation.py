@@ -176,10 +176,22 @@ def test_every_secret_opens_before_during_and_after_a_rotation(door: Door) -> No
     _, secret = door.app_password(account)
     totp = door.turn_on_second_factor(account)
     codes = door.write(lambda tx: secondfactor.renew_recovery_codes(tx, door.keys, account))
-    assert counts(door) == {first: {"application_passwords": 1, "recovery_codes": 10, "second_factors": 1}}
+    assert counts(door) == {
+        first: {"application_passwords": 1, "device_passwords": 0, "recovery_codes": 10, "second_factors": 1}
+    }
     name = rotate(door)
-    assert counts(door)[first] == {"application_passwords": 1, "recovery_codes": 10, "second_factors": 0}
-    assert counts(door)[name] == {"application_passwords": 0, "recovery_codes": 0, "second_factors": 1}
+    assert counts(door)[first] == {
+        "application_passwords": 1,
+        "device_passwords": 0,
+        "recovery_codes": 10,
+        "second_factors": 0,
+    }
+    assert counts(door)[name] == {
+        "application_passwords": 0,
+        "device_passwords": 0,
+        "recovery_codes": 0,
+        "second_factors": 1,
+    }
     assert passes(door, account, totp, 1)
     elsewhere = door.another_process()
     for each in (door, elsewhere, door):
@@ -191,6 +203,7 @@ def test_every_secret_opens_before_during_and_after_a_rotation(door: Door) -> No
             {
                 "sync_id": account.sync_id,
                 "application_passwords": 0,
+                "device_passwords": 0,
                 "recovery_codes": 10,
                 "second_factors": 0,
             }

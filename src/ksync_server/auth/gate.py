@@ -11,7 +11,7 @@ import secrets
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import sqlalchemy as sa
 
@@ -20,6 +20,7 @@ from ksync_server.auth import accounts, app_passwords, folders, passwords, rules
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.folders import Folder
 from ksync_server.auth.keys import Keys
+from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.auth.memory import Memory
 from ksync_server.auth.notes import Notes, Use
 from ksync_server.auth.offers import Offers, storage_of
@@ -54,9 +55,9 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An account that passed the door, and with which secret."""
+    """An account that passed the door, and with which secret; or a mailbox, whose account may be nobody."""
 
-    account_id: int
+    account_id: int  # 0 and sync id "": the mailbox is nobody's
     sync_id: str  # canonical, upper case
     login_email: str
     display_name: str
@@ -65,10 +66,13 @@ class Identity:
     read_only: bool = False
     drive_id: int | None = None  # the only drive that it opens; None: all of the account's
     folder_id: int | None = None  # node: all that it sees of that drive
+    mailbox: Mailbox | None = None  # all that a device password opens
 
     @property
     def secret(self) -> Secret:
         """The class of the secret that was shown."""
+        if self.mailbox is not None:
+            return Secret.DEVICE_PASSWORD
         return Secret.ACCOUNT_PASSWORD if self.app_password_id is None else Secret.APP_PASSWORD
 
 
@@ -117,8 +121,9 @@ class DriveGrant:
 
 _REFUSED = "The name or the password is not right, or an application password is needed."
 _NOTHING_HERE = "There is nothing here."
-_NO_LOOKUP = ""  # no application password has this
+_NO_LOOKUP = ""  # no secret has this
 _NEVER = 1 << 60  # Unix seconds
+_OF_SECRET = 18  # columns of a row about a secret and its account; behind them a device password's mailbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +161,92 @@ _APP_PASSWORD = (
     .join(t.account, t.account.c.id == t.app_password.c.account_id)
     .where(t.app_password.c.lookup == sa.bindparam("lookup"))
 )
-_REKEY = (
-    sa.update(t.app_password)
-    .where(t.app_password.c.id == sa.bindparam("id_"), t.app_password.c.key_id == sa.bindparam("old_key"))
-    .values(key_id=sa.bindparam("new_key"), digest=sa.bindparam("digest"))
+_D, _M = t.device_password.c, t.mailbox.c
+# The same columns, so that both kinds are judged by one function; then the mailbox.
+_DEVICE_PASSWORD = (
+    sa.select(
+        _D.id,
+        _D.digest,
+        _D.key_id,
+        sa.literal(""),
+        _D.revoked_at,
+        sa.null(),
+        sa.literal(""),
+        _D.last_used_at,
+        sa.false(),
+        sa.null(),
+        sa.null(),
+        sa.func.coalesce(t.account.c.id, 0),
+        sa.func.coalesce(t.account.c.sync_id, ""),
+        _M.address,
+        _M.address_key,
+        sa.func.coalesce(t.account.c.display_name, ""),
+        sa.case(
+            (_M.state != "active", _M.state),
+            (t.account.c.state != "active", sa.literal("that of an account that is ") + t.account.c.state),
+            (
+                sa.and_(_M.account_id.is_not(None), t.member.c.account_id.is_(None)),
+                "of somebody who left the organization",
+            ),
+            else_="active",
+        ),
+        sa.false(),
+        _M.id,
+        _M.organization_id,
+        _M.account_id,
+        _M.address,
+        _M.folder,
+        _M.state,
+        _M.quota_bytes,
+    )
+    .select_from(
+        t.device_password.join(t.mailbox, _M.id == _D.mailbox_id)
+        .outerjoin(t.account, t.account.c.id == _M.account_id)
+        .outerjoin(
+            t.member,
+            (t.member.c.account_id == _M.account_id) & (t.member.c.organization_id == _M.organization_id),
+        )
+    )
+    .where(_D.lookup == sa.bindparam("lookup"))
 )
-_ANY_LOOKUP = sa.select(t.app_password.c.lookup).limit(1)
+
+
+def _rekey(table: sa.Table) -> sa.Update:
+    c = table.c
+    return (
+        sa.update(table)
+        .where(c.id == sa.bindparam("id_"), c.key_id == sa.bindparam("old_key"))
+        .values(key_id=sa.bindparam("new_key"), digest=sa.bindparam("digest"))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of secret that nobody guesses: where its rows are, and whose they are."""
+
+    row: sa.Select[Any]
+    any_lookup: sa.Select[Any]
+    rekey: sa.Update
+    called: str
+    of: str  # what it opens, and what `state` is the state of
+
+
+_KINDS = {
+    Secret.APP_PASSWORD: _Kind(
+        _APP_PASSWORD,
+        sa.select(t.app_password.c.lookup).limit(1),
+        _rekey(t.app_password),
+        "application password",
+        "account",
+    ),
+    Secret.DEVICE_PASSWORD: _Kind(
+        _DEVICE_PASSWORD,
+        sa.select(_D.lookup).limit(1),
+        _rekey(t.device_password),
+        "device password",
+        "mailbox",
+    ),
+}
 _other = t.drive.alias("other")
 _OTHERS_USE = (
     sa.select(sa.func.coalesce(sa.func.sum(_other.c.used_bytes), 0))
@@ -222,7 +307,7 @@ class Gate:
         self.passwords = passwords.AccountPasswords(settings.auth, memory)
         self._throttle = Throttle(settings.auth, database, keys)
         self._notes = Notes(database, settings.auth.last_used_s)
-        self._lookup = _NO_LOOKUP  # of some application password that exists
+        self._lookups = dict.fromkeys(_KINDS, _NO_LOOKUP)  # of some secret of each kind that exists
         self._decoy = self._made_up()
         self._verifying: dict[tuple[Credentials | None, str, Service], Future[Identity]] = {}
         self._present = 0  # the id of some account that exists
@@ -247,7 +332,7 @@ class Gate:
         Raises:
             NotAuthenticated, AppPasswordRequired, TooManyRequests: as `identify`.
 
-        Cost: one indexed read for an application password, two for an account password.
+        Cost: one indexed read for an application or device password, two for an account password.
         """
         return self._admit(credentials, peer, service, verify=False)
 
@@ -268,8 +353,9 @@ class Gate:
             TooManyRequests: too many wrong account passwords before; nothing was verified (APP8).
             Unavailable: too many password verifications are waiting.
 
-        Cost: one indexed read for an application password; for an account password two reads and, where no
-            process has verified it since the last change of the account, one argon2id.
+        Cost: one indexed read for an application or device password; for an account password two reads and,
+            where the service takes one and no process has verified it since the last change of the account,
+            one argon2id.
         """
         identity = self._admit(credentials, peer, service, verify=True)
         assert identity is not None, "verified"
@@ -303,7 +389,7 @@ class Gate:
         if len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes:
             outcome = _Refusal("secret too long")
         elif (letters := passwords.app_password_letters(credentials.secret)) is not None:
-            outcome = self._by_app_password(credentials.name, letters, peer, service)
+            outcome = self._by_letters(credentials.name, letters, peer, service)
         else:
             outcome = self._by_account_password(credentials, peer, service, verify=verify)
         if not isinstance(outcome, _Refusal):
@@ -311,10 +397,10 @@ class Gate:
         self._note_refusal(outcome, credentials, peer, service)
         raise _error(outcome)
 
-    # -- application passwords ----------------------------------------------------------------------
+    # -- application and device passwords -----------------------------------------------------------
 
     def _made_up(self) -> Row:
-        """What an unknown application password is compared with: as much work as a row."""
+        """What an unknown one is compared with: as much work as a row."""
         key_id, digest = self._keys.digest(secrets.token_bytes(32))
         row = (0, digest, key_id, "caldav carddav drive", None, None, "", None, False, None, None)
         return (*row, 0, "", "", "", "", "active", False)
@@ -325,33 +411,39 @@ class Gate:
             self._decoy = self._made_up()
         return self._decoy
 
-    def _by_app_password(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
+    def _by_letters(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
         secret = passwords.parse_app_password(letters)
         if secret is None:
             return _Refusal("mistyped application password")
-        rows = self._database.fast(_APP_PASSWORD, {"lookup": secret.lookup})
+        kind = _KINDS[secret.kind]
+        rows = self._database.fast(kind.row, {"lookup": secret.lookup})
         stand_in = self._stand_in()  # looked at always: a microsecond would tell
-        refusal = self._judge(rows[0] if rows else stand_in, name, secret.secret, peer, service)
+        refusal = self._judge(rows[0] if rows else stand_in, name, secret, peer, service)
         if refusal is not None:
             # A hit and a miss for every cause alike.
-            self._database.fast(_APP_PASSWORD, {"lookup": _NO_LOOKUP if rows else self._some_lookup()})
+            other = _NO_LOOKUP if rows else self._some_lookup(secret.kind)
+            self._database.fast(kind.row, {"lookup": other})
             return refusal
-        self._lookup = secret.lookup
+        self._lookups[secret.kind] = secret.lookup
         return self._bearer(rows[0], secret, name, peer, service)
 
-    def _some_lookup(self) -> str:
-        if self._lookup == _NO_LOOKUP:
-            rows = self._database.fast(_ANY_LOOKUP)
-            self._lookup = rows[0][0] if rows else _NO_LOOKUP
-        return self._lookup
+    def _some_lookup(self, kind: Secret) -> str:
+        if self._lookups[kind] == _NO_LOOKUP:
+            rows = self._database.fast(_KINDS[kind].any_lookup)
+            self._lookups[kind] = rows[0][0] if rows else _NO_LOOKUP
+        return self._lookups[kind]
 
-    def _judge(self, row: Row, name: str, secret: str, peer: Peer, service: Service) -> _Refusal | None:
-        """Why an application password is refused, None where it is right; everything is looked at always."""
-        _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row
+    def _judge(
+        self, row: Row, name: str, shown: passwords.AppPassword, peer: Peer, service: Service
+    ) -> _Refusal | None:
+        """Why a secret is refused, None where it is right; everything is looked at always."""
+        _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row[:_OF_SECRET]
         _, sync_id, _, login_key, _, state, second_factor = owner
         typed, is_email = accounts.canonical_name(name, self._sync_hosts)
+        by_sync_id = shown.kind is not Secret.DEVICE_PASSWORD  # a mailbox has no name but its address (MAIL1)
+        kind, of = _KINDS[shown.kind].called, _KINDS[shown.kind].of
         try:
-            _, wanted = self._keys.digest(secret.encode("ascii"), key_id)
+            _, wanted = self._keys.digest(shown.secret.encode("ascii"), key_id)
         except ConfigError:
             wanted = b""
         right = hmac.compare_digest(wanted, bytes(digest))
@@ -359,39 +451,51 @@ class Gate:
         inside = passwords.is_within(peer.address, networks or "0.0.0.0/0 ::/0") or not networks
         causes = (
             (not wanted, f"the key file has no key set {key_id}", False),
-            (not right, "no such application password", False),
+            (not right, f"no such {kind}", False),
             (
-                typed != (login_key if is_email else sync_id),
-                "the application password of another account",
+                typed != (login_key if is_email else sync_id) or not (is_email or by_sync_id),
+                f"the {kind} of another {of}",
                 True,
             ),
-            (revoked is not None, "revoked application password", True),
-            (now >= (expires or _NEVER), "expired application password", True),
-            (not inside, "an address that the application password is not for", True),
-            (state != "active", f"the account is {state}", True),
+            (revoked is not None, f"revoked {kind}", True),
+            (now >= (expires or _NEVER), f"expired {kind}", True),
+            (not inside, f"an address that the {kind} is not for", True),
+            (state != "active", f"the {of} is {state}", True),
             (
-                not rules.opens(Secret.APP_PASSWORD, service, second_factor=bool(second_factor)),
-                f"an application password does not open {service}",
+                not rules.opens(shown.kind, service, second_factor=bool(second_factor)),
+                f"{service} takes no {kind}",
                 True,
             ),
         )
-        found = [_Refusal(reason, sync_id if owned else None) for holds, reason, owned in causes if holds]
+        who = sync_id or None
+        found = [_Refusal(reason, who if owned else None) for holds, reason, owned in causes if holds]
         return found[0] if found else None
 
     def _bearer(
         self, row: Row, secret: passwords.AppPassword, name: str, peer: Peer, service: Service
     ) -> Identity:
-        number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row
+        number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row[:_OF_SECRET]
         account_id, sync_id, email, _, shown, _, _ = owner
         if self._keys.is_outdated(key_id):
             self._rekey(number, key_id, secret)
-        use = Use(number, int(time.time()), service, peer.address, peer.user_agent[:200])
+        use = Use(secret.kind, number, int(time.time()), service, peer.address, peer.user_agent[:200])
         if self._notes.use(used_at, use):
             typed, _ = accounts.canonical_name(name, self._sync_hosts)
             self._throttle.trust(self._throttle.attempt(typed, peer.address, ""))
         scoped = frozenset(scopes.split())
+        mailbox = Mailbox(*row[_OF_SECRET:]) if secret.kind is Secret.DEVICE_PASSWORD else None
+        app_password_id = number if mailbox is None else None
         return Identity(
-            account_id, sync_id, email, shown, scoped, number, bool(read_only), drive_id, folder_id
+            account_id,
+            sync_id,
+            email,
+            shown,
+            scoped,
+            app_password_id,
+            bool(read_only),
+            drive_id,
+            folder_id,
+            mailbox,
         )
 
     # -- account passwords --------------------------------------------------------------------------
@@ -413,6 +517,10 @@ class Gate:
         if standing.blocked_s:
             self._throttle.failed(attempt, standing)
             return _Refusal("too many wrong log-ins", repeated=standing.known, blocked_s=standing.blocked_s)
+        if not rules.opens(Secret.ACCOUNT_PASSWORD, service, second_factor=False):
+            # Not verified, since it opens nothing here either way: nothing to learn, and no argon2 to burn.
+            self._throttle.failed(attempt, standing)
+            return _Refusal(f"{service} takes no account password", repeated=standing.known)
         if not verify:
             return None
         with self._throttle.verifying(attempt):
@@ -459,11 +567,8 @@ class Gate:
         if not _opens(account, service):
             if account.state != "active":
                 return _Refusal(f"the account is {account.state}", account.sync_id, repeated=repeated)
-            if account.second_factor:
-                reason = "an application password is needed"
-                return _Refusal(reason, account.sync_id, second_factor=True, repeated=repeated)
-            reason = f"an account password does not open {service}"
-            return _Refusal(reason, account.sync_id, repeated=repeated)
+            reason = "an application password is needed"
+            return _Refusal(reason, account.sync_id, second_factor=True, repeated=repeated)
         if stored is not None and self.passwords.is_outdated(stored):
             self._rehash(account, password)
         return None
@@ -479,10 +584,11 @@ class Gate:
         self._notes.later(lambda tx: tx.execute(update))
 
     def _rekey(self, number: int, key_id: str, secret: passwords.AppPassword) -> None:
-        """Bring an application password to the current key set, now that its letters are here."""
+        """Bring an application or device password to the current key set, now that its letters are here."""
         now_id, digest = self._keys.digest(secret.secret.encode("ascii"))
         row = {"id_": number, "old_key": key_id, "new_key": now_id, "digest": digest}
-        self._notes.later(lambda tx: tx.fast(_REKEY, row))
+        statement = _KINDS[secret.kind].rekey
+        self._notes.later(lambda tx: tx.fast(statement, row))
 
     def _note_refusal(
         self, refusal: _Refusal, credentials: Credentials, peer: Peer, service: Service

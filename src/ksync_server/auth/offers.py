@@ -15,6 +15,7 @@ from ksync_server.settings import GB
 
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     webdav: bool
+    mail: bool = False
     aliases: tuple[str, ...] = ()
     webhooks: int | None = None
     seats_min: int = 0
@@ -29,6 +30,7 @@ class Offer:
 
     id: str
     webdav: bool
+    mail: bool  # as many addresses as seats
     webhooks: int | None  # None = no limit
     seats_min: int
     seats_max: int | None
@@ -53,6 +55,7 @@ class Offers:
             name: Offer(
                 name,
                 row.webdav,
+                row.mail,
                 row.webhooks,
                 row.seats_min,
                 row.seats_max,

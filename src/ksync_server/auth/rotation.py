@@ -1,7 +1,7 @@
 """Key sets and the rows made under them: counted, moved to the current set, and retired once none is left.
 
 Sealed secrets are moved at once, by `rotate` and by the periodic `reseal`, in transactions of a few rows.
-What is only hashed can be moved when its secret is next shown: an application password by the gate.
+What is only hashed can be moved when its secret is next shown: application and device passwords by the gate.
 A recovery code is spent when it is shown, so those go when their owner makes new ones.
 
 Each step may be the last one before a kill: whatever is left under an older set still opens, because `retire`
@@ -27,7 +27,7 @@ from ksync_server.store.database import Database, Read, Write
 
 _PAGE = 100  # sealed secrets moved in one transaction: some 2 ms
 
-_F, _R, _P = t.second_factor.c, t.recovery_code.c, t.app_password.c
+_F, _R, _P, _D = t.second_factor.c, t.recovery_code.c, t.app_password.c, t.device_password.c
 _SEALED = (
     sa.select(_F.id, _F.account_id, _F.secret)
     .where(_F.id > sa.bindparam("after"))
@@ -43,10 +43,15 @@ _RESEAL = (
 _live_passwords = sa.and_(
     _P.revoked_at.is_(None), sa.or_(_P.expires_at.is_(None), _P.expires_at > sa.bindparam("now"))
 )
+_owner = sa.func.coalesce(t.mailbox.c.account_id, 0)
 _HASHED = {
     "application_passwords": sa.select(_P.key_id, _P.account_id, sa.func.count())
     .where(_live_passwords)
     .group_by(_P.key_id, _P.account_id),
+    "device_passwords": sa.select(_D.key_id, _owner, sa.func.count())
+    .select_from(t.device_password.join(t.mailbox, t.mailbox.c.id == _D.mailbox_id))
+    .where(_D.revoked_at.is_(None))
+    .group_by(_D.key_id, _owner),
     "recovery_codes": sa.select(_R.key_id, _R.account_id, sa.func.count())
     .where(_R.used_at.is_(None))
     .group_by(_R.key_id, _R.account_id),
@@ -59,8 +64,8 @@ class Use:
     """How much of an account is under one key set."""
 
     key_id: str
-    account_id: int
-    kind: str  # application_passwords, recovery_codes, second_factors
+    account_id: int  # 0: of mailboxes that are nobody's
+    kind: str  # application_passwords, device_passwords, recovery_codes, second_factors
     count: int
 
 
@@ -78,7 +83,7 @@ def _uses(tx: Read) -> Iterator[Use]:
 def counts(tx: Read) -> dict[str, dict[str, int]]:
     """Key set -> kind of secret -> how many are under it and still open something.
 
-    Cost: reads every row of the three tables.
+    Cost: reads every row of the four tables.
     """
     found: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys((*_HASHED, "second_factors"), 0))
     for each in _uses(tx):
@@ -92,7 +97,7 @@ def holders(tx: Read, key_id: str) -> list[dict[str, object]]:
     for each in _uses(tx):
         if each.key_id == key_id:
             found[each.account_id][each.kind] += each.count
-    names = dict(tuple(row) for row in tx.fast(_NAMES)) if found else {}
+    names = {0: "(nobody)"} | dict(tuple(row) for row in tx.fast(_NAMES)) if found else {}
     rows = [{"sync_id": names[number], **kinds} for number, kinds in found.items() if number in names]
     return sorted(rows, key=lambda row: str(row["sync_id"]))
 

@@ -12,7 +12,7 @@ from ksync_server.cli.output import Answer, command, table
 if TYPE_CHECKING:
     from ksync_server.app import Services
 
-_KINDS = ("application_passwords", "recovery_codes", "second_factors")
+_KINDS = ("application_passwords", "device_passwords", "recovery_codes", "second_factors")
 _key_id = click.argument("key_id", metavar="ID")
 
 
