@@ -3,6 +3,7 @@
     supervisor --+-- web worker    (event loop, every listening socket, the admin socket)
                  +-- web worker
                  +-- job worker    (periodic work by leases)
+                 +-- mail worker   (Dovecot's log-ins, where `mail.dovecot_socket` is set)
 
 SIGTERM and SIGINT stop: no new connections, requests under way get `server.shutdown_timeout_s`. SIGHUP
 reloads: the configuration is checked, new workers start on the same sockets, and the old ones drain only when
@@ -141,7 +142,7 @@ def notify(state: str) -> None:
 
 @dataclass(slots=True)
 class _Child:
-    kind: str  # web or jobs
+    kind: str  # web, jobs or mail
     generation: int
     pid: int
     ready_pipe: int  # one byte comes when it answers; -1 once that is known
@@ -459,6 +460,8 @@ class Supervisor:
         for _ in range(max(1, settings.server.workers)):
             self._spawn("web", settings)
         self._spawn("jobs", settings)
+        if settings.mail.dovecot_socket:
+            self._spawn("mail", settings)
 
     def _spawn(self, kind: str, settings: Settings) -> None:
         ready, answered = os.pipe()
