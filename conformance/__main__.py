@@ -47,6 +47,7 @@ PARTS = {
     "rclone": FOLDER / "external" / "rclone.py",
     "deploy": FOLDER / "external" / "deploy.py",
     "jobs": FOLDER / "jobs.py",
+    "dovecot": FOLDER / "external" / "dovecot.py",  # starts servers of its own
     "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
 }
 OF_PEERS = {
@@ -55,7 +56,7 @@ OF_PEERS = {
 }
 # What anybody can run in two minutes a database; `readonly` needs a loop device: `./run conformance fire`.
 FIRE = ("kills", "reload", "full", "outage", "--kills", "10", "--requests", "1000")
-ONCE = {"start", "deploy", "jobs", "restore", "seen"}  # do not look at the target: once is enough
+ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot"}  # do not look at the target: once is enough
 PART_TIMEOUT_S = 600
 
 
