@@ -341,6 +341,8 @@ def test_a_device_password_opens_neither_calendars_nor_drive(mail: Mail, device:
         )
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=PATIENCE_S)
+        refused.value.close()
+        refused.value.close()
         assert refused.value.code == 401
 
 

@@ -313,7 +313,7 @@ async def _answer_dovecot(task: Task, services: Services) -> None:
 
     loop.add_reader(task.lifeline, alone)  # nothing ever comes on it but its end
     bridge = Bridge(services.settings.mail, services.database, services.gate)
-    await bridge.start()
+    await bridge.start(task.listen[0])
     os.write(task.answered, b"1")
     os.close(task.answered)
     await stop.wait()

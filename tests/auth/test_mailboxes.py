@@ -79,7 +79,7 @@ def test_an_address_is_one_mailbox_whatever_its_case(door: Door) -> None:
     ],
 )
 def test_what_mail_cannot_be_sent_to_is_no_mailbox(sqlite_door: Door, address: str) -> None:
-    refused(BadRequest, "address", lambda: sqlite_door.mailbox(address))
+    refused(BadRequest, "address|at the sync host", lambda: sqlite_door.mailbox(address))
     assert rows(sqlite_door) == []
 
 

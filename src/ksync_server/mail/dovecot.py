@@ -1,4 +1,4 @@
-"""Dovecot serves our mailboxes: it asks the gate about every log-in over a Unix socket, and finds the Maildirs.
+"""Dovecot serves our mailboxes: it asks the gate about every log-in, over a Unix socket, and opens Maildirs.
 
 Dovecot's Lua script (dovecot.lua here) sends one line and gets one back; what decides is `Gate.identify`, as
 for every other protocol. The words of a line are in hexadecimal, so no name or secret can be taken for
@@ -93,11 +93,11 @@ class Bridge:
         self._server: asyncio.Server | None = None
         self._asked: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
-        """Listen at `mail.dovecot_socket`, in place of whoever did: no log-in in between finds nobody.
+    async def start(self, listener: socket.socket) -> None:
+        """Answer what comes at a socket that `listen` made.
 
         Raises:
-            ConfigError: it cannot be made there, or the folder of the Maildirs cannot.
+            ConfigError: the folder of the Maildirs cannot be made.
         """
         folders = self._settings.folders
         try:
@@ -107,8 +107,6 @@ class Bridge:
                     os.chown(folders, self._owner.uid, self._owner.gid)
         except OSError as error:
             raise ConfigError(f"mail.folders: {folders}: {error.strerror}") from None
-        check_place(self._settings)
-        listener = _listen(Path(self._settings.dovecot_socket))
         self._server = await asyncio.start_unix_server(self._connected, sock=listener, limit=_LINE_BYTES)
 
     async def close(self) -> None:
@@ -181,8 +179,14 @@ class Bridge:
         return b" ".join([_OK, *words]) + b"\n"
 
 
-def _listen(path: Path) -> socket.socket:
-    """A socket at a path, open to this user alone; it takes the place of one that is there."""
+def listen(mail: configuration.Mail) -> socket.socket:
+    """A socket at `mail.dovecot_socket`, open to this user alone; it takes the place of one that is there.
+
+    Raises:
+        ConfigError: it cannot be made there.
+    """
+    check_place(mail)
+    path = Path(mail.dovecot_socket)
     part = path.with_name(f"{path.name}.{os.getpid()}")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
