@@ -286,6 +286,18 @@ def test_the_configuration_holds_what_it_must(tmp_path: Path) -> None:
     assert not any("$" in text for text in texts.values()), "every name was filled in"
 
 
+def test_without_an_owner_the_mail_is_of_who_runs_the_server(tmp_path: Path) -> None:
+    """Not of who writes the configuration: that is root, for /etc."""
+    found = configured(tmp_path, owner="")
+    stranger = pwd.getpwnam("games")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "keys.toml", stranger.pw_uid, stranger.pw_gid)
+    who = stranger if os.geteuid() == 0 else OWNER
+    text = dovecot.configuration_files(found, Path("/etc/dovecot/ksync"))["dovecot.conf"]
+    assert f"first_valid_uid = {who.pw_uid}\n" in text
+    assert f"user = {who.pw_name}\n" in text
+
+
 def test_what_dovecot_could_not_use_is_refused(tmp_path: Path) -> None:
     good = configured(tmp_path)
     root = configured(tmp_path, owner="root")

@@ -440,7 +440,9 @@ class Gate:
         _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row[:_OF_SECRET]
         _, sync_id, _, login_key, _, state, second_factor = owner
         typed, is_email = accounts.canonical_name(name, self._sync_hosts)
-        by_sync_id = shown.kind is not Secret.DEVICE_PASSWORD  # a mailbox has no name but its address (MAIL1)
+        by_id = (
+            sync_id if shown.kind is Secret.APP_PASSWORD else None
+        )  # a mailbox has its address alone (MAIL1)
         kind, of = _KINDS[shown.kind].called, _KINDS[shown.kind].of
         try:
             _, wanted = self._keys.digest(shown.secret.encode("ascii"), key_id)
@@ -453,7 +455,7 @@ class Gate:
             (not wanted, f"the key file has no key set {key_id}", False),
             (not right, f"no such {kind}", False),
             (
-                typed != (login_key if is_email else sync_id) or not (is_email or by_sync_id),
+                typed != (login_key if is_email else by_id),
                 f"the {kind} of another {of}",
                 True,
             ),

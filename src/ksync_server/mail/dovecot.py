@@ -51,16 +51,20 @@ class Owner:
     gid: int
 
 
-def owner_of(mail: configuration.Mail) -> Owner:
-    """The user that `mail.owner` names; who runs this program where it names nobody.
+def owner_of(mail: configuration.Mail, runs: int | None = None) -> Owner:
+    """The user that `mail.owner` names; who runs the server where it names nobody.
+
+    Args:
+        runs: the user id of who runs the server; None = of this process.
 
     Raises:
         ConfigError: there is no such user.
     """
+    number = os.geteuid() if runs is None else runs
     try:
-        found = pwd.getpwnam(mail.owner) if mail.owner else pwd.getpwuid(os.geteuid())
+        found = pwd.getpwnam(mail.owner) if mail.owner else pwd.getpwuid(number)
     except KeyError:
-        raise ConfigError(f"mail.owner: there is no user {mail.owner or os.geteuid()!r}") from None
+        raise ConfigError(f"mail.owner: there is no user {mail.owner or number!r}") from None
     return Owner(found.pw_name, found.pw_uid, found.pw_gid)
 
 
@@ -225,18 +229,19 @@ def configuration_files(
         if not tls.certificates:
             raise ConfigError("Dovecot needs a certificate: --certificate and --key, or [tls].")
         certificate, key = tls.certificates[0], tls.keys[0]
-    owner = owner_of(mail)
+    try:
+        # Who runs the server, not who writes this: the key file is that user's alone, and so is the socket.
+        runs = settings.auth.key_file.stat().st_uid
+    except OSError:
+        raise ConfigError(f"{settings.auth.key_file}: not there yet: start the server first.") from None
+    server, owner = owner_of(configuration.Mail(), runs), owner_of(mail, runs)
     if owner.uid == 0:
         raise ConfigError("mail.owner: Dovecot opens no mail of root's: name another user.")
-    try:
-        server = pwd.getpwuid(settings.auth.key_file.stat().st_uid).pw_name
-    except (OSError, KeyError):
-        raise ConfigError(f"{settings.auth.key_file}: not there yet: start the server first.") from None
     values = {
         "socket": mail.dovecot_socket,
         "patience_s": str(_PATIENCE_S),
         "lua": str(folder / "dovecot.lua"),
-        "server": server,
+        "server": server.name,
         "tls_minimum": tls.minimum_version,
         "certificate": str(certificate),
         "key": str(key),
