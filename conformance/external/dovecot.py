@@ -332,6 +332,24 @@ def _other_letters(device: str) -> str:
     return made
 
 
+def test_nobody_logs_in_for_somebody_else(mail: Mail, device: str) -> None:
+    """SASL PLAIN has a second name, of whom one wants to be (RFC 4616); Dovecot has master users."""
+    for wanted, name in (
+        (SHARED, ALICE),
+        (ALICE, SHARED),
+        ("", f"{SHARED}*{ALICE}"),
+        ("", f"{ALICE}*{SHARED}"),
+    ):
+        client = mail.connect()
+        said = f"{wanted}\0{name}\0{device}".encode()
+        with pytest.raises(imaplib.IMAP4.error, match="AUTHENTICATIONFAILED"):
+            client.authenticate("PLAIN", lambda _, said=said: said)
+        client.shutdown()
+    client = mail.connect()
+    assert client.authenticate("PLAIN", lambda _: f"\0{ALICE}\0{device}".encode())[0] == "OK"
+    client.logout()
+
+
 def test_a_device_password_opens_neither_calendars_nor_drive(mail: Mail, device: str) -> None:
     for path in ("/", f"/drives/{mail.server.account('alice')['drives'][0]['id']}/"):
         request = urllib.request.Request(mail.server.url + path, method="PROPFIND")
