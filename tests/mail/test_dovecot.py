@@ -21,6 +21,7 @@ from conformance.servers import demo
 from ksync_server import settings
 from ksync_server.auth import mailboxes
 from ksync_server.auth.gate import Gate
+from ksync_server.cli import doctor
 from ksync_server.errors import ConfigError, Unavailable
 from ksync_server.mail import dovecot
 from ksync_server.mail.dovecot import Bridge
@@ -225,6 +226,9 @@ def test_the_server_answers_through_reloads_and_the_death_of_its_workers(short: 
             pid = running.process.pid
             return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
+        given = settings.build({"mail": {"dovecot_socket": str(path)}})
+        (finding,) = doctor.check_dovecot(given, doctor.Outside())
+        assert finding.state == doctor.OK
         first = workers()
         running.process.send_signal(signal.SIGHUP)
         until(lambda: not workers() & first)
@@ -239,6 +243,10 @@ def test_the_server_answers_through_reloads_and_the_death_of_its_workers(short: 
         until(lambda: len(workers()) == len(third))
     with pytest.raises(OSError, match=r"refused|No such"):
         ask(path, b"find 61\n")
+    (finding,) = doctor.check_dovecot(given, doctor.Outside())
+    assert finding.state == doctor.PROBLEM
+    assert finding.advice
+    assert list(doctor.check_dovecot(settings.Settings(), doctor.Outside())) == []
 
 
 # -- the configuration ----------------------------------------------------------------------------
