@@ -441,6 +441,15 @@ def test_a_log_in_is_quick_without_anything_remembered(mail: Mail, device: str) 
     )
 
 
+def test_connections_that_never_log_in_keep_nobody_out(mail: Mail, device: str) -> None:
+    """Dovecot lets the oldest go once it has 100 of them."""
+    with contextlib.ExitStack() as idle:
+        for number in range(130):
+            place = ("127.0.0.1", mail.tls)
+            idle.enter_context(socket.create_connection(place, 5, (f"127.0.2.{number + 1}", 0)))
+        mail.log_in(ALICE, device).logout()
+
+
 def test_while_nobody_answers_programs_are_told_to_come_back(mail: Mail, device: str) -> None:
     place, aside = mail.folder / "ask", mail.folder / "aside"
     place.rename(aside)
