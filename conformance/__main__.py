@@ -49,13 +49,17 @@ PARTS = {
     "jobs": FOLDER / "jobs.py",
     "dovecot": FOLDER / "external" / "dovecot.py",  # starts servers of its own
     "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
+    "fire-s3": FOLDER / "fire" / "__main__.py",
 }
 OF_PEERS = {
     "radicale": ("rfc4791", "rfc6578", "rfc6352", "hostile", "pycaldav", "vdirsyncer"),
     "wsgidav": ("rfc4918", "http", "uploads", "litmus", "rclone"),
 }
-# What anybody can run in two minutes a database; `readonly` needs a loop device: `./run conformance fire`.
-FIRE = ("kills", "reload", "full", "outage", "--kills", "10", "--requests", "1000")
+# What anybody can run in two minutes a database; the rest: `./run conformance fire`.
+FIRE = {
+    "fire": ("kills", "reload", "full", "outage", "standby", "--kills", "8", "--requests", "1000"),
+    "fire-s3": ("kills", "store", "--bytes", "s3", "--errors", "0.05", "--kills", "4"),
+}
 ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot"}  # do not look at the target: once is enough
 PART_TIMEOUT_S = 600
 
@@ -94,7 +98,7 @@ def main() -> int:
     outcomes: list[Outcome] = []
     for server, target, ready in _targets(chosen):
         for part in chosen.parts or OF_PEERS.get(chosen.peer, PARTS):
-            if part == "fire" and chosen.ready:
+            if part in FIRE and chosen.ready:
                 continue  # it does not look at a server that runs already
             if part in ONCE and part in {outcome.part for outcome in outcomes}:
                 continue
@@ -175,8 +179,9 @@ def run_part(server: str, part: str, target: Target, ready: Path | None, express
         command += ["-p", "no:cacheprovider", "--tb=short", "--rootdir", REPOSITORY]
         command += ["-k", expression] if expression else []
         command += [] if ready else ["-m", "not demo"]
-        if part == "fire":
-            command = [python, "-m", "conformance.fire", *FIRE, "--database", server, "--report", report]
+        if part in FIRE:
+            command = [python, "-m", "conformance.fire", *FIRE[part], "--database", server]
+            command += ["--report", report]
         try:
             done = subprocess.run(
                 [str(word) for word in command],

@@ -20,7 +20,7 @@ from tests import generate
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text("utf-8")
 CONFIG = (REPOSITORY / "config" / "ksync.toml").read_text("utf-8")
-ASSIGNMENT = re.compile(r"^(# )?([a-z_][a-z0-9_]* =|\[[a-z0-9]+\])")
+ASSIGNMENT = re.compile(r"^(# )?([a-z_][a-z0-9_]* =|\[[a-z0-9_]+\])")
 
 
 def setting_defaults() -> Iterator[tuple[str, Any]]:

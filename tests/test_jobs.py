@@ -254,6 +254,37 @@ def test_a_clock_that_jumps_does_not_take_a_job_from_a_living_worker(database: D
     assert runs == [number]
 
 
+def test_a_clock_that_is_set_back_by_a_day_holds_no_work_up(database: Database) -> None:
+    """As if everything was queued while the clock was a day ahead."""
+    work, day = [Periodic("sweep", 600, nothing), Periodic("nightly", 86_400, nothing, at_s=7200)], 86_400
+    jobs.ensure(database, work)
+    number, later, old = queue(database), queue(database, run_at=now(database) + 50), queue(database)
+    assert not jobs.catch_up(database, work)
+    for each in (t.job.c.run_at, t.job.c.created_at):
+        change(database, **{each.name: each + day})
+    change(database, old, created_at=now(database) - day, run_at=now(database) + day)
+    assert jobs.claim(database, ["work", "sweep"], lease_s=60) is None
+    assert jobs.catch_up(database, work)
+    assert not jobs.catch_up(database, work), "once"
+    assert row(database, number)["run_at"] <= now(database)
+    assert 45 <= row(database, later)["run_at"] - now(database) <= 50
+    assert row(database, old)["run_at"] > now(database) + 1000, "it may wait for another try"
+    with database.read() as tx:
+        rows = {each["kind"]: each["run_at"] - now(database) for each in jobs.list_jobs(tx)}
+        at = {each["kind"]: each["run_at"] for each in jobs.list_jobs(tx)}
+    assert rows["sweep"] <= 600
+    assert at["nightly"] % day == 7200
+    assert claimed(database).id == number
+
+
+def test_a_worker_notices_by_itself_that_the_clock_was_set_back(database: Database) -> None:
+    runs: list[int] = []
+    number = queue(database)
+    change(database, number, run_at=now(database) + 86_400, created_at=now(database) + 86_400)
+    with Running(runner(database, lambda job: runs.append(job.id), lease_s=0.3, poll_s=0.01)):
+        wait_until(lambda: runs == [number], "run")
+
+
 def test_the_job_of_a_worker_that_is_gone_goes_on_elsewhere(database: Database) -> None:
     number = queue(database)
     gone = Job(database, claimed(database))
@@ -416,7 +447,7 @@ def test_one_long_job_does_not_hold_up_the_others_and_new_ones_start_within_a_se
 # -- failures -------------------------------------------------------------------------------------
 
 
-def fail(error: Exception) -> Callable[[Job], None]:
+def fail(error: BaseException) -> Callable[[Job], None]:
     def run(job: Job) -> None:
         raise error
 
@@ -622,6 +653,118 @@ def test_ended_jobs_are_forgotten_after_a_while_and_no_others(database: Database
     assert jobs.prune(database, 30) == 0
     with database.read() as tx:
         assert sorted(found["state"] for found in jobs.list_jobs(tx)) == ["done", "ready", "ready"]
+
+
+# -- secrets --------------------------------------------------------------------------------------
+
+
+def kept(database: Database) -> list[tuple[int, str]]:
+    """The secrets that there are, by job and name."""
+    c = t.job_secret.c
+    with database.read() as tx:
+        return [tuple(row) for row in tx.execute(sa.select(c.job_id, c.name).order_by(c.job_id, c.name))]
+
+
+def with_secrets(database: Database, **how: Any) -> int:
+    return queue(database, secrets={"password": b"k-1:sealed", "token": b"\0\xff"}, **how)
+
+
+def test_a_job_gets_its_secrets_as_they_were_sealed_in_every_run(database: Database) -> None:
+    number = with_secrets(database)
+    seen: list[bytes] = []
+
+    def work(job: Job) -> None:
+        seen.append(job.secret("password"))
+        seen.append(job.secret("token"))
+        if job.tries == 1:
+            raise Temporary("cut")
+        job.checkpoint({"at": 1})
+        seen.append(job.secret("password"))
+
+    assert runner(database, work).step()
+    assert kept(database) == [(number, "password"), (number, "token")], "it will be tried again"
+    change(database, number, run_at=0)
+    assert runner(database, work).step()
+    assert seen == [b"k-1:sealed", b"\0\xff"] * 2 + [b"k-1:sealed"]
+    assert row(database, number)["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("end", "state"), [(nothing, "done"), (fail(Permanent("no")), "failed"), (fail(Cancelled()), "cancelled")]
+)
+def test_secrets_go_with_the_end_of_a_job(database: Database, end: Callable[[Job], None], state: str) -> None:
+    other = with_secrets(database, run_at=now(database) + 3600)
+    number = with_secrets(database)
+    assert runner(database, end).step()
+    assert row(database, number)["state"] == state
+    assert kept(database) == [(other, "password"), (other, "token")]
+
+
+def test_secrets_of_a_job_that_is_cancelled_while_it_waits_are_gone_at_once(database: Database) -> None:
+    number, other = with_secrets(database), with_secrets(database)
+    database.write(lambda tx: jobs.cancel(tx, number))
+    assert kept(database) == [(other, "password"), (other, "token")]
+
+
+def test_secrets_of_a_job_that_is_cancelled_while_it_runs_last_until_it_ends(database: Database) -> None:
+    number = with_secrets(database)
+
+    def work(job: Job) -> None:
+        database.write(lambda tx: jobs.cancel(tx, number))
+        assert job.secret("password") == b"k-1:sealed", "it may need it to end well"
+        job.checkpoint(1)
+
+    assert runner(database, work).step()
+    assert row(database, number)["state"] == "cancelled"
+    assert kept(database) == []
+
+
+def test_a_job_that_ended_is_retried_without_its_secrets_and_says_so(database: Database) -> None:
+    number = with_secrets(database)
+    assert runner(database, fail(Permanent("no"))).step()
+    database.write(lambda tx: jobs.retry(tx, number))
+    assert runner(database, lambda job: job.secret("password")).step()
+    found = row(database, number)
+    assert (found["state"], found["last_error"]) == ("failed", "the password is not kept any more")
+
+
+def test_a_job_that_goes_on_later_keeps_its_secrets(database: Database) -> None:
+    number = with_secrets(database)
+    assert runner(database, lambda job: job.postpone(0)).step()
+    database.write(lambda tx: jobs.retry(tx, number))
+    assert kept(database) == [(number, "password"), (number, "token")]
+
+
+def test_secrets_go_with_the_row_of_their_job_whatever_erases_it(database: Database) -> None:
+    number = with_secrets(database)
+    assert kept(database)
+    database.write(lambda tx: tx.execute(sa.delete(t.job).where(t.job.c.id == number)))
+    assert kept(database) == []
+
+
+def test_secrets_are_queued_with_their_job_or_not_at_all(database: Database) -> None:
+    with_secrets(database, key="once")
+    before = kept(database)
+    again = {"password": b"another"}
+    assert database.write(lambda tx: jobs.enqueue(tx, "work", {}, key="once", secrets=again)) is None
+    assert kept(database) == before
+    with pytest.raises(RuntimeError):
+        database.write(lambda tx: _fails_after(tx, jobs.enqueue(tx, "work", {}, secrets=again)))
+    assert kept(database) == before
+
+
+def _fails_after(tx: Write, number: int | None) -> None:
+    assert number is not None
+    raise RuntimeError
+
+
+def test_a_worker_that_lost_its_job_neither_ends_it_nor_takes_its_secrets(database: Database) -> None:
+    number = with_secrets(database)
+    late = Job(database, claimed(database))
+    change(database, number, fence="of another worker")
+    with pytest.raises(LeaseLost):
+        jobs.finish(database, late, "done")
+    assert kept(database) == [(number, "password"), (number, "token")]
 
 
 def test_old_deletions_are_forgotten_and_older_tokens_start_anew(database: Database) -> None:

@@ -177,6 +177,19 @@ class Job:
         """
         raise Yielded(wait_s)
 
+    def secret(self, name: str) -> bytes:
+        """A secret that was queued with it, as it was sealed (`auth.keys.Keys.open` opens it).
+
+        Raises:
+            Permanent: it is not kept any more, because the job has ended since, or there never was one.
+
+        Cost: one indexed read.
+        """
+        rows = self.database.fast(_SECRET, {"id_": self.id, "name_": name})
+        if not rows:
+            raise Permanent(f"the {name} is not kept any more")
+        return bytes(rows[0][0])
+
     def values(self) -> dict[str, object]:
         """What every statement about a claimed job needs."""
         claim = self.claim
@@ -271,8 +284,29 @@ _FINISH = (
     )
     .returning(_job.c.state)
 )
+_secret = t.job_secret.c
+_SECRET = sa.select(_secret.sealed).where(
+    _secret.job_id == _id, _secret.name == sa.bindparam("name_", type_=sa.Text)
+)
+_FORGET = sa.delete(t.job_secret).where(_secret.job_id == _id)
 _NOW = sa.select(Now())
 _ANY_DUE = sa.select(_job.c.id).where(_job.c.state == "ready", _job.c.run_at <= Now()).limit(1)
+_SKEW_S = 60
+_ready = _job.c.state == "ready"
+# Of a future that no wait explains: the clock was ahead and has been set back since.
+_too_late = sa.or_(
+    sa.and_(_is_once, _job.c.created_at > Now() + _SKEW_S),
+    _job.c.run_at > Now() + _job.c.every_s + _SKEW_S,
+)
+_ANY_TOO_LATE = sa.select(_job.c.id).where(_ready, _too_late).limit(1)
+_CATCH_UP = (
+    sa.update(_job)
+    .where(_ready, _too_late)
+    .values(
+        run_at=sa.case((_is_once, _job.c.run_at - (_job.c.created_at - Now())), else_=Now() + _job.c.every_s),
+        created_at=sa.case((_is_once, Now()), else_=_job.c.created_at),
+    )
+)
 _RUNNING = sa.select(_job.c.id, _job.c.kind, _job.c.fence, _job.c.lease_until).where(
     _job.c.state == "running"
 )
@@ -342,6 +376,7 @@ def enqueue(
     concurrency: str | None = None,
     at_most: int = 1,
     account_id: int | None = None,
+    secrets: Mapping[str, bytes] = {},
 ) -> int | None:
     """Queue work in the transaction of its cause: it exists if and only if the change does.
 
@@ -353,11 +388,14 @@ def enqueue(
         concurrency: of the jobs with this key, `at_most` run at once, over all nodes (of several numbers the
             smallest counts); None = no bound.
         account_id: whose job it is; it goes with the account. None = the server's.
+        secrets: what it must know and no row may say, by names that people read (`password`); sealed already
+            (`auth.keys.Keys.seal`). They are gone with the transaction that makes the job done, failed or
+            cancelled, so what is retried after that has none.
 
     Returns:
         The job's id, None where one of that key is there.
 
-    Cost: one insert.
+    Cost: one insert, one more for secrets.
     """
     row = {
         "kind": kind,
@@ -373,6 +411,9 @@ def enqueue(
         "created_at": Now(),
     }
     number: int | None = tx.execute(_INSERT[tx.dialect].values(row)).scalar()
+    if number is not None and secrets:
+        sealed = [{"job_id": number, "name": name, "sealed": each} for name, each in secrets.items()]
+        tx.execute(sa.insert(t.job_secret), sealed)
     return number
 
 
@@ -395,6 +436,23 @@ def ensure(database: Database, work: Iterable[Periodic]) -> None:
                 tx.fast(_RHYTHM, {"id_": found[0], "every_": each.every_s, "run_at_": at})
 
         database.write(put)
+
+
+def catch_up(database: Database, work: Iterable[Periodic]) -> bool:
+    """Where the clock was set back, move work that waits for its old time: once, whichever node comes first.
+
+    A job that waits for another try, queued before the clock was ahead, keeps its time.
+
+    Returns:
+        Whether there was such work.
+
+    Cost: a look at the ready jobs.
+    """
+    if not database.fast(_ANY_TOO_LATE):
+        return False
+    ensure(database, work)  # knows what lies on a grid
+    database.write(lambda tx: tx.fast(_CATCH_UP))
+    return True
 
 
 def _until(now: int, every_s: int, at_s: int) -> int:
@@ -485,7 +543,8 @@ def finish(
     """Give a job back.
 
     Args:
-        state: done, failed, cancelled; ready = due again after `wait_s`, unless it was cancelled meanwhile.
+        state: done, failed, cancelled, and its secrets go; ready = due again after `wait_s`, unless it was
+            cancelled meanwhile.
         attempts: what counts as tried so far.
         anew: the next run begins from the start.
 
@@ -504,10 +563,16 @@ def finish(
         "anew_": int(anew),
         "kept_": job.kept,
     }
-    row = database.write(lambda tx: tx.one(_FINISH, values))
-    if row is None:
-        raise LeaseLost(job.claim.kind)
-    return str(row[0])
+
+    def give_back(tx: Write) -> str:
+        row = tx.one(_FINISH, values)
+        if row is None:
+            raise LeaseLost(job.claim.kind)
+        if row[0] != "ready":
+            tx.fast(_FORGET, {"id_": job.id})
+        return str(row[0])
+
+    return database.write(give_back)
 
 
 # -- for operators --------------------------------------------------------------------------------
@@ -573,6 +638,7 @@ def cancel(tx: Write, number: int) -> str:
     c = _job.c
     waiting = sa.update(_job).where(c.id == number, c.state == "ready", c.every_s.is_(None))
     if tx.execute(waiting.values(state="cancelled", ended_at=Now())).rowcount:
+        tx.fast(_FORGET, {"id_": number})
         return "cancelled"
     running = sa.update(_job).where(c.id == number, c.state == "running")
     if tx.execute(running.values(cancel_asked=True)).rowcount:
@@ -585,6 +651,8 @@ def cancel(tx: Write, number: int) -> str:
 
 def retry(tx: Write, number: int) -> None:
     """Let a failed, cancelled or waiting job run now, from its last checkpoint and with all its tries.
+
+    Secrets of one that had ended are gone: if it needs them, it fails again and says so.
 
     Raises:
         NotFound: no such job.
@@ -781,6 +849,8 @@ class Runner:
                 if now >= due:
                     self._renew(list(self._active.values()))
                     self._watch()
+                    if catch_up(self._database, self._periodic.values()):
+                        log.warning("the clock was set back: due jobs go on")
                     due = now + third_s
                 else:
                     self._renew([job for job in list(self._active.values()) if job.is_unsaid])

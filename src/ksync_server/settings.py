@@ -245,6 +245,36 @@ class Mail(Section, frozen=True):
     owner: str = ""  # system user whose they are; empty = who runs this program
 
 
+class Outbound(Section, frozen=True):
+    """Connections to other servers on behalf of people."""
+
+    private_networks: tuple[str, ...] = ()  # may be reached although they are not public: ["10.0.0.0/8"]
+
+
+class MailImport(Section, frozen=True):
+    """Import of mailboxes from other servers."""
+
+    plain: bool = (
+        False  # whether a server may be asked without TLS: passwords and mail are readable on the way
+    )
+    message_bytes: int = 256 * MIB  # a longer message is refused and reported
+    whole_bytes: int = 1 * MIB  # a longer message is never held as a whole
+    spool: Path = Path("data/spool")  # such messages are kept here until they are placed
+    window_bytes: int = 12 * MIB  # fetched and not yet recorded, by all imports of a node: memory
+    line_bytes: int = 1 * MIB  # longest line of a server, literals aside
+    folders: int = 20_000  # of one mailbox
+    connect_timeout_s: float = 20.0
+    timeout_s: float = 120.0  # a server that says nothing for so long is given up for now
+    slowest_bytes_s: int = 1024  # slower than this over `timeout_s`: the server throttles, we pause
+    back_off_s: float = 5.0  # pause after the first failure of a server; doubles with each further one
+    longest_back_off_s: float = 1800.0
+    give_up_s: int = 7 * 86400  # an import that got nowhere for so long has failed
+    host_imports: int = 10  # at once from one server, over all nodes
+    bytes_s: int = 0  # fetched per second by one import; 0 = no bound
+    daily_bytes: int = 0  # fetched per day from one account; 0 = no bound
+    gmail_daily_bytes: int = 2_300_000_000  # the same for Gmail, which locks accounts at 2.5 GB a day
+
+
 class Log(Section, frozen=True):
     """What is written to standard error."""
 
@@ -269,6 +299,8 @@ class Settings(Section, frozen=True):
     drive: Drive = Drive()
     jobs: Jobs = Jobs()
     mail: Mail = Mail()
+    mail_import: MailImport = MailImport()
+    outbound: Outbound = Outbound()
     log: Log = Log()
     offers_file: Path | None = None  # offers.toml; none = the shipped table
 
@@ -522,9 +554,13 @@ def _unusable(settings: Settings) -> Iterator[Mistake]:
     yield from _unusable_mail(settings.mail)
     if settings.drive.max_chunked_bytes > settings.drive.chunked_ceiling_bytes:
         yield Mistake("drive.max_chunked_bytes", "must not be above drive.chunked_ceiling_bytes")
-    for network in settings.auth.throttle_shared:
-        if not _is_network(network):
-            yield Mistake("auth.throttle_shared", f"{network!r} is no address or network")
+    for key, networks in (
+        ("auth.throttle_shared", settings.auth.throttle_shared),
+        ("outbound.private_networks", settings.outbound.private_networks),
+    ):
+        for network in networks:
+            if not _is_network(network):
+                yield Mistake(key, f"{network!r} is no address or network")
     if settings.auth.argon2_memory_kib < _ARGON2_LEAST_KIB:
         yield Mistake("auth.argon2_memory_kib", f"must be at least {_ARGON2_LEAST_KIB}")
 
@@ -631,5 +667,6 @@ def anchored(settings: Settings, folder: Path) -> Settings:
             dovecot_socket=str(base / settings.mail.dovecot_socket) if settings.mail.dovecot_socket else "",
             folders=base / settings.mail.folders,
         ),
+        mail_import=replace(settings.mail_import, spool=base / settings.mail_import.spool),
         offers_file=base / settings.offers_file if settings.offers_file else None,
     )

@@ -249,7 +249,7 @@ def test_it_moves_to_a_new_key_set_when_it_is_used(door: Door) -> None:
     second, _ = rotation.rotate(door.database, door.keys, door.settings.auth.key_file)
     with door.database.read() as tx:
         holders = {row["sync_id"]: row["device_passwords"] for row in rotation.holders(tx, first)}
-    assert holders == {alice.sync_id: 1, "(nobody)": 1}
+    assert holders == {alice.sync_id: 1, None: 1}
     door.log_in(ADDRESS, secret, Service.IMAP)
     door.gate.flush()
     with door.database.read() as tx:

@@ -101,6 +101,8 @@ def test_a_phone_that_nobody_told_is_not_banned(sqlite_door: Door, style: str) -
 
 
 NASTY = (
+    'x","address":"203.0.113.1","guess":"yes@example.org',
+    "x\u00a0address=203.0.113.1\u00a0guess=yes@example.org",
     '","address":"203.0.113.1","guess":"yes",',
     "x address=203.0.113.1 guess=yes ",
     "\nwarning log-in refused source=ksync_server.auth.gate address=203.0.113.1 guess=yes ",
@@ -111,12 +113,52 @@ NASTY = (
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.one_of(st.sampled_from(NASTY), st.text(max_size=100)), style=st.sampled_from(["json", "text"]))
+@given(
+    name=st.one_of(
+        st.sampled_from(NASTY), st.text(max_size=100), st.builds("{}@{}".format, st.text(), st.text())
+    ),
+    style=st.sampled_from(["json", "text"]),
+)
 def test_no_log_in_name_can_have_somebody_else_banned(module_door: Door, name: str, style: str) -> None:
     with Log(style) as log:
         refused(module_door, name, "wrong", "192.0.2.7")
     (line,) = log.lines
     assert banned(line) in ("192.0.2.7", None)
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_a_secret_in_the_field_of_the_name_is_not_in_the_log(sqlite_door: Door, style: str) -> None:
+    _, app = sqlite_door.app_password(sqlite_door.account())
+    bare = app.replace("-", "")
+    # As it is shown, typed and pasted, with a domain that a program put behind it, and not quite whole.
+    typed = [
+        app,
+        app.upper(),
+        f" {bare} ",
+        app.replace("-", " "),
+        f"{app}@example.org",
+        bare[:-1],
+        bare + "1",
+    ]
+    with Log(style) as log:
+        for name in (*typed, PASSWORD):
+            refused(sqlite_door, name, "alice@example.org", "192.0.2.7")
+            refused(sqlite_door, name, app, "192.0.2.7")
+    assert len(log.lines) == 2 * len(typed) + 2
+    written = "\n".join(log.lines).lower()
+    for secret in (PASSWORD, *(text for name in typed for text in (name, name.strip(), name.strip()[:20]))):
+        assert secret.lower() not in written
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+@pytest.mark.parametrize(
+    "name", ["alice@example.org", "ab12345", "AB12345@sync.example.org", "ü@example.org"]
+)
+def test_names_are_in_the_log(module_door: Door, style: str, name: str) -> None:
+    with Log(style) as log:
+        refused(module_door, f" {name}", "wrong", "192.0.2.7")
+    (line,) = log.lines
+    assert name in line
 
 
 @pytest.mark.parametrize("style", ["json", "text"])

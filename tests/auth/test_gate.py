@@ -258,6 +258,54 @@ def test_case_spaces_and_hyphens_of_an_application_password_do_not_matter(door: 
     assert door.log_in(account.sync_id, f" {change(secret)}\t").account_id == account.id  # type: ignore[operator]
 
 
+def test_each_application_password_takes_one_look_at_one_row_whatever_comes_of_it(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    real = door.database.fast
+
+    def fast(*arguments: object) -> list[tuple[object, ...]]:
+        rows = real(*arguments)  # type: ignore[arg-type]
+        looks.append(len(rows))
+        return rows
+
+    account, other = door.account(), door.account("bob")
+    number, revoked = door.app_password(account)
+    good, expired, elsewhere, others = (
+        door.app_password(each, **narrow)[1]
+        for each, narrow in (
+            (account, {}),
+            (account, {"expires_at": int(time.time()) + 1}),
+            (account, {"addresses": ["198.51.100.1"]}),
+            (other, {}),
+        )
+    )
+    door.write(lambda tx: app_passwords.revoke(tx, account, number))
+    known = sorted(each.replace("-", "")[:6] for each in (revoked, good, expired, elsewhere, others))
+    wrong = [_with_id(each) for each in (known[2], "000000", "zzzzzz", known[0][:-1] + "0")]
+    door.gate.flush()
+    monkeypatch.setattr(door.database, "fast", fast)
+    later = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert door.log_in(account.sync_id, good).account_id == account.id
+    for secret in (revoked, expired, elsewhere, others, *wrong):
+        with pytest.raises(NotAuthenticated):
+            door.log_in(account.sync_id, secret)
+    assert looks == [1] * 9
+
+
+def _with_id(lookup: str) -> str:
+    """A well-formed application password that nobody has."""
+    text = lookup + passwords.new_app_password().secret[6:-3]
+    return text + passwords._check_letters(text)
+
+
+def test_where_there_is_no_application_password_none_is_right(door: Door) -> None:
+    door.account()
+    with pytest.raises(NotAuthenticated):
+        door.log_in("alice@example.org", passwords.new_app_password().shown)
+
+
 # -- at once, in every process --------------------------------------------------------------------
 
 

@@ -127,7 +127,7 @@ def test_an_unknown_offer_has_no_address(sqlite_door: Door) -> None:
 
 
 def test_offers_with_mail_are_those_of_the_description() -> None:
-    assert {each.id for each in offers.load(None).list() if each.mail} == {
+    assert {each.id for each in offers.load(None).list() if each.mailboxes} == {
         "ksuite-free",
         "ksuite-standard",
         "ksuite-business",

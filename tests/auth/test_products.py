@@ -386,6 +386,68 @@ def test_seats_bought_before_are_kept(sqlite_door: Door) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mail", "mailboxes", "wanted"),
+    [
+        (("mail-premium", 8), 3, 8),
+        (("mail-premium", None), 6, 6),
+        (("mail-premium", 5), 7, 7),
+        (("mail-starter", 1), 1, 2),
+    ],
+)
+def test_a_mail_service_outside_joins_with_its_addresses(
+    door: Door, mail: tuple[str, int | None], mailboxes: int, wanted: int
+) -> None:
+    alice, bob = door.account(), door.account("bob")
+    home = organization(door, alice, bob)
+    rows = [
+        {
+            "organization_id": home,
+            "address": f"a{number}@example.org",
+            "address_key": f"a{number}@example.org",
+            "folder": f"f{number}",
+            "created_at": 1,
+        }
+        for number in range(mailboxes)
+    ]
+    door.write(lambda tx: tx.execute(sa.insert(t.mailbox), rows))
+    product, service = create(door, home, "kdrive-pro"), create(door, home, mail[0], seats=mail[1])
+    drive(door, product, alice)
+    suite = convert(door, product, mail_id=service.id)
+    assert suite.seats == wanted
+    with door.database.read() as tx:
+        assert [row["id"] for row in directory.products(tx)] == [suite.id]
+        assert tx.execute(sa.select(sa.func.count()).select_from(t.mailbox)).scalar() == mailboxes
+        (joined,) = directory.audit(tx, actions=["product.join"])
+    assert (joined["subject"], joined["detail"]) == (
+        str(service.id),
+        {"offer": mail[0], "into": suite.id, "seats": mail[1], "addresses": mailboxes},
+    )
+
+
+def test_what_does_not_fit_does_not_join_and_nothing_is_converted(sqlite_door: Door) -> None:
+    door = sqlite_door
+    home, other = organization(door, alice := door.account()), organization(door)
+    product, solo = create(door, home, "kdrive-pro"), create(door, home, "kdrive-solo")
+    drive(door, product, alice)
+    theirs, ours = create(door, other, "mail-premium"), create(door, home, "mail-premium", seats=9)
+    odd = create(door, home, "mail-starter")
+    drive(door, odd)
+    for each, kind, said in (
+        (theirs.id, Conflict, "another organization"),
+        (solo.id, Conflict, "not a mail service"),
+        (product.id, Conflict, "not a mail service"),
+        (odd.id, Conflict, "not a mail service"),
+        (999, NotFound, "no product"),
+    ):
+        refused(kind, said, lambda each=each: convert(door, product, mail_id=each))  # type: ignore[misc]
+    refused(Conflict, "1 seats at most", lambda: convert(door, product, "ksuite-free", mail_id=ours.id))
+    with door.database.read() as tx:
+        rows = {row["id"]: row["ksuite"] for row in directory.products(tx)}
+    assert rows == dict.fromkeys((product.id, solo.id, theirs.id, ours.id, odd.id), False)
+    assert convert(door, product, mail_id=ours.id).seats == 9
+
+
+@pytest.mark.parametrize(
     ("case", "kind", "said"),
     [
         ({"paid": False}, Conflict, "not paid"),

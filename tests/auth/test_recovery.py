@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, directory, recovery, secondfactor
+from ksync_server.auth import accounts, audit, directory, recovery, secondfactor
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.audit import NOTICE, Actor
 from ksync_server.auth.gate import Service
@@ -194,6 +195,45 @@ def alice(door: Door) -> Account:
     account = door.account()
     door.write(lambda tx: accounts.set_recovery(tx, account, email="a@example.net"))
     return account
+
+
+def test_an_identity_check_is_told_opens_nothing_and_its_documents_have_an_end(
+    door: Door, alice: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(account: Account, reason: str = "lost everything, passport seen") -> int:
+        return door.write(lambda tx: recovery.identity_checked(tx, account, reason=reason))
+
+    def kept() -> dict[str, int]:
+        with door.database.read() as tx:
+            return recovery.documents_kept(tx)
+
+    def delete(account: Account) -> None:
+        door.write(lambda tx: recovery.documents_deleted(tx, account.sync_id))
+
+    door.turn_on_second_factor(alice)
+    before, bob = now_of(door, alice), door.account("bob")
+    refused(BadRequest, "Say why", lambda: check(alice, " x "))
+    at = int(time.time())
+    until = check(alice)
+    assert 0 <= until - at - 72 * 3600 <= 60
+    assert now_of(door, alice) == before, "no secret, factor or epoch changes"
+    row = told(door, alice)
+    assert (row["action"], row["actor"], row["detail"]["documents_until"]) == (
+        "account.identity-check",
+        "operator",
+        until,
+    )
+    assert "account.identity-check" in audit.TOLD
+    monkeypatch.setattr(time, "time", lambda: at + 3600.0)
+    check(alice)
+    check(bob)
+    assert abs(kept()[alice.sync_id] - until) <= 60, "of the first check that is open"
+    assert set(kept()) == {alice.sync_id, bob.sync_id}
+    delete(alice)
+    assert set(kept()) == {bob.sync_id}
+    refused(Conflict, "no identity check", lambda: delete(alice))
+    check(alice)
+    assert kept()[alice.sync_id] == at + 3600 + 72 * 3600
 
 
 def test_starting_changes_nothing_and_tells_the_recovery_e_mail(door: Door, alice: Account) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, throttle
+from ksync_server.auth import accounts, directory, throttle
 from ksync_server.auth.gate import Credentials, Service
 from ksync_server.auth.memory import Memory
 from ksync_server.auth.throttle import Count, Good, added, improved
@@ -156,6 +156,32 @@ def test_failures_of_another_time_are_forgotten(door: Door, hour: list[float]) -
     assert guesses(door, "nobody", 6, start=4) == ["401"] * 5 + ["429"]
 
 
+def test_a_clock_that_is_set_back_makes_no_block_longer_and_one_that_goes_ahead_ends_it(
+    door: Door, hour: list[float]
+) -> None:
+    assert guesses(door, "nobody", 6) == ["401"] * 5 + ["429"]
+    door.gate.flush()
+    hour[0] = -1800
+    assert guess(door, "nobody", "again") == "429", "nodes may differ by some minutes"
+    door.gate.flush()
+    hour[0] = -86_400
+    assert guesses(door, "nobody", 6, start=10) == ["401"] * 5 + ["429"]
+    door.gate.flush()
+    hour[0] = -86_400 + 3500
+    assert guess(door, "nobody", "once more") == "429", "its second block is four times longer all the same"
+    door.gate.flush()
+    hour[0] = 86_400
+    assert guesses(door, "nobody", 6, start=20) == ["401"] * 5 + ["429"]
+
+
+def test_failures_of_a_future_that_was_none_do_not_count(door: Door, hour: list[float]) -> None:
+    hour[0] = 86_400
+    assert guesses(door, "nobody", 4) == ["401"] * 4
+    door.gate.flush()
+    hour[0] = 0
+    assert guesses(door, "nobody", 6, start=4) == ["401"] * 5 + ["429"]
+
+
 def test_a_right_log_in_ends_the_count(door: Door) -> None:
     door.account()
     for _ in range(3):
@@ -218,6 +244,7 @@ def test_an_application_password_is_never_throttled(door: Door) -> None:
 def test_a_remembered_password_is_let_in_where_it_was_used_and_only_there(door: Door) -> None:
     account = door.account()
     assert guess(door, account.sync_id, PASSWORD) == "in"
+    door.gate.flush()  # the place is known: requests do not wait for that
     hashes = Hashes(door)
     for n in range(1, 25):
         guess(door, account.sync_id, f"wrong {n}", f"198.51.100.{n}")
@@ -319,7 +346,7 @@ def test_workers_that_write_at_once_lose_no_failure(door: Door) -> None:
     workers = [door.another_process() for _ in range(4)]
     for number, worker in enumerate(workers):
         guess(worker, "nobody", f"wrong {number}")
-    threads = [threading.Thread(target=worker.gate._throttle.flush) for worker in workers]
+    threads = [threading.Thread(target=worker.gate.throttle.flush) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -337,7 +364,7 @@ def test_rows_hold_no_name_no_address_and_no_secret(door: Door) -> None:
 def test_nobody_waits_and_many_failures_are_one_transaction(sqlite_door: Door) -> None:
     """An attacker cannot force the disk: 40 failures in one second are one write."""
     door = sqlite_door.another_process(throttle_write_s=3600.0)
-    door.gate._throttle._written_at = time.monotonic()
+    door.gate.throttle._written_at = time.monotonic()
     writes: list[object] = []
     real = door.database.write
     with pytest.MonkeyPatch.context() as patch:
@@ -353,20 +380,20 @@ def test_nobody_waits_and_many_failures_are_one_transaction(sqlite_door: Door) -
 def test_the_thread_writes_by_itself(sqlite_door: Door) -> None:
     door = sqlite_door.another_process(throttle_write_s=0.0)
     written = threading.Event()
-    real = door.gate._throttle._write
+    real = door.gate.throttle._write
 
     def write(*arguments: Any) -> None:
         real(*arguments)
         written.set()
 
-    door.gate._throttle._write = write  # type: ignore[method-assign]
+    door.gate.throttle._write = write  # type: ignore[method-assign]
     guess(door, "nobody", "wrong")
     assert written.wait(10)
 
 
 def test_a_database_that_is_away_loses_no_count(sqlite_door: Door, caplog: pytest.LogCaptureFixture) -> None:
     door = sqlite_door.another_process(throttle_write_s=3600.0)
-    door.gate._throttle._written_at = time.monotonic()
+    door.gate.throttle._written_at = time.monotonic()
     guess(door, "nobody", "wrong")
     with pytest.MonkeyPatch.context() as patch:
 
@@ -374,7 +401,7 @@ def test_a_database_that_is_away_loses_no_count(sqlite_door: Door, caplog: pytes
             raise sa.exc.OperationalError("", {}, OSError("away"))
 
         patch.setattr(Database, "write", away)
-        door.gate._throttle.flush()
+        door.gate.throttle.flush()
     assert "counts of wrong log-ins wait" in caplog.text
     assert {row["failures"] for row in rows(door)} == {1}
 
@@ -382,10 +409,10 @@ def test_a_database_that_is_away_loses_no_count(sqlite_door: Door, caplog: pytes
 def test_what_waits_in_memory_is_bounded(sqlite_door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttle, "_PENDING", 12)
     door = sqlite_door.another_process(throttle_write_s=3600.0)
-    door.gate._throttle._written_at = time.monotonic()
+    door.gate.throttle._written_at = time.monotonic()
     for number in range(50):
         guess(door, f"person{number}", "wrong", f"198.51.100.{number}")
-    assert len(door.gate._throttle._waiting.failed) == 12
+    assert len(door.gate.throttle._waiting.failed) == 12
 
 
 def test_a_row_is_bounded(door: Door) -> None:
@@ -547,3 +574,89 @@ def test_no_peer_address_is_one_network(sqlite_door: Door) -> None:
     with pytest.raises(NotAuthenticated):
         sqlite_door.gate.identify(credentials, peer, service=Service.SYNC)
     assert guesses(sqlite_door, "nobody", 5, "")[-1] == "429"
+
+
+# -- operators ------------------------------------------------------------------------------------
+
+
+def listed(door: Door, *addresses: str) -> list[tuple[str | None, str | None]]:
+    """Account and network of what is blocked."""
+    door.gate.flush()
+    with door.database.read() as tx:
+        found = throttle.blocks(tx, door.gate.throttle, int(time.time()), addresses)
+    return sorted(((each.account, each.network) for each in found), key=str)
+
+
+def lift(door: Door, **which: Any) -> int:
+    found = door.write(
+        lambda tx: throttle.lift(tx, door.gate.throttle, door.settings.auth, int(time.time()), **which)
+    )
+    return len(found)
+
+
+def test_blocks_are_named_where_they_are_asked_for(door: Door) -> None:
+    alice = door.account()
+    assert listed(door, HOME) == []
+    guesses(door, alice.sync_id, 5)
+    guesses(door, "alice@example.org", 5, OFFICE)
+    guesses(door, "nobody@example.org", 5, "2001:db8::1")
+    place = alice.sync_id
+    assert listed(door) == [(None, None)] * 3, "places are hashes of a name and a network"
+    assert listed(door, HOME) == sorted([(place, HOME), (None, None), (None, None)], key=str)
+    assert listed(door, HOME, OFFICE) == sorted([(place, HOME), (place, OFFICE), (None, None)], key=str)
+    for number in range(5):
+        guesses(door, alice.login_email, 4, f"203.0.113.{number}", 10 * number)
+    assert (place, None) in listed(door), "its name, from anywhere"
+    guesses(door, "x@example.org", 4, "2001:db8::1")
+    guesses(door, "y@example.org", 4, "2001:db8::2")
+    assert (None, "2001:db8::/64") in listed(door, "2001:db8::abcd")
+
+
+def test_a_lifted_block_lets_in_again_and_what_else_is_blocked_stays(door: Door) -> None:
+    alice = door.account()
+    for name, address in ((alice.sync_id, HOME), (alice.sync_id, OFFICE), ("nobody", HOME)):
+        assert guesses(door, name, 6, address)[-1] == "429"
+    door.gate.flush()
+    assert lift(door, account=alice.sync_id, address=HOME) == 2, "alice there, and the network"
+    assert guess(door, alice.sync_id, PASSWORD) == "in"
+    assert guess(door, alice.sync_id, PASSWORD, OFFICE) == "429"
+    assert guess(door, "nobody", "wrong") == "429"
+    assert lift(door, account=alice.sync_id, address=HOME) == 0
+    assert lift(door) == 2
+    assert listed(door) == []
+    assert guess(door.another_process(), alice.sync_id, "another wrong one", OFFICE) == "401"
+
+
+def test_the_count_of_a_name_and_of_a_network_are_lifted_alone(door: Door) -> None:
+    alice = door.account()
+    for number in range(5):
+        guesses(door, alice.login_email, 4, f"203.0.113.{number}", 10 * number)
+    guesses(door, "x@example.org", 4, HOME)
+    guesses(door, "y@example.org", 4, HOME)
+    guesses(door, "z@example.org", 4, HOME)
+    assert listed(door, HOME) == sorted([(alice.sync_id, None), (None, HOME)], key=str)
+    assert guess(door, alice.login_email, PASSWORD, OFFICE) == "429"
+    assert lift(door, account=alice.sync_id) == 1
+    assert guess(door, alice.login_email, PASSWORD, OFFICE) == "in"
+    assert listed(door, HOME) == [(None, HOME)]
+    assert lift(door, address=OFFICE) == 0
+    assert lift(door, address=HOME) == 1
+    assert guess(door, alice.sync_id, PASSWORD) == "in"
+
+
+def test_a_lift_is_by_key_and_in_the_audit_and_forgets_no_secret_seen(door: Door) -> None:
+    guesses(door, "nobody", 5)
+    guesses(door, "nobody", 5, OFFICE)
+    door.gate.flush()
+    with door.database.read() as tx:
+        first, second = throttle.blocks(tx, door.gate.throttle, int(time.time()))
+    before = {row["key"]: row["seen"] for row in rows(door)}
+    assert lift(door, key=first.key) == 1
+    assert lift(door, key="no such key") == 0
+    found = {row["key"]: row for row in rows(door)}
+    assert found[first.key]["blocked_until"] == found[first.key]["failures"] == 0
+    assert found[second.key]["blocked_until"] == second.ends_at
+    assert {key: row["seen"] for key, row in found.items()} == before
+    with door.database.read() as tx:
+        (row,) = directory.audit(tx, actions=["throttle."])
+    assert (row["actor"], row["subject"], row["detail"]["keys"]) == ("operator", first.key, [first.key])

@@ -22,7 +22,7 @@ from ksync_server.auth import accounts
 from ksync_server.auth.gate import Credentials, DriveTarget, Gate, Service, owner
 from ksync_server.cli import main
 from ksync_server.drive import tree
-from ksync_server.errors import Forbidden, NotAuthenticated
+from ksync_server.errors import Forbidden, NotAuthenticated, TooManyRequests
 from ksync_server.http import Peer
 from ksync_server.store import schema
 from ksync_server.store.database import Database, Write
@@ -476,8 +476,10 @@ def test_products_are_bought_grown_moved_and_cancelled(shell: Shell) -> None:
     shell.json("product", "paid", product, "yes", "--trial-until", "2099-01-01")
     assert "on trial" in shell.refusal(*convert)
     assert shell.json("product", "paid", product, "yes")["trial_until"] is None
-    suite = shell.json(*convert)
-    assert (suite["ksuite"], suite["offer"], suite["seats"]) == (True, "ksuite-business", 5)
+    mail = str(shell.json(*create, "mail-premium", "--seats", "6")["id"])
+    suite = shell.json(*convert, "--mail", mail)
+    assert (suite["ksuite"], suite["offer"], suite["seats"]) == (True, "ksuite-business", 6)
+    assert [row["id"] for row in shell.json("product", "list")] == [int(product)]
     assert (suite["storage_bytes"], suite["drives"]) == (4 * 10**12, [int(drive)])
     assert "only goes up" in shell.refusal("offer", "set", "--product", product, "ksuite-standard")
     assert "not transferable" in shell.refusal("product", "move", product, other)
@@ -521,6 +523,52 @@ def test_keys_are_listed_prepared_rotated_and_retired(shell: Shell, gate: Gate) 
     assert shell.json("keys", "retire", old) == {"id": old}
     log_in(gate, sync_id, secret)
     assert f"no key set {old!r}" in shell.refusal("keys", "retire", old)
+
+
+def test_an_identity_check_and_the_end_of_its_documents_are_noted(shell: Shell) -> None:
+    sync_id = shell.create()
+    check = ("account", "identity-check", "alice@example.org")
+    for words in ((), ("--reason", "passport seen", "--documents-deleted")):
+        assert "--documents-deleted" in shell.refusal(*check, *words, code=2)
+    assert "no identity check" in shell.refusal(*check, "--documents-deleted")
+    row = shell.json(*check, "--reason", "passport seen")
+    assert row["sync_id"] == sync_id
+    assert abs(row["documents_until"] - time.time() - 72 * 3600) < 60
+    assert "Delete the documents until 2" in shell.run(*check, "--reason", "passport seen").stdout
+    assert [each["action"] for each in shell.json("account", "notices", sync_id)] == [
+        "account.identity-check"
+    ] * 2
+    assert shell.json(*check, "--documents-deleted")["documents_until"] is None
+    (last, *_) = shell.json("audit", "list", sync_id)
+    assert (last["action"], last["actor"]) == ("account.documents-deleted", "operator")
+
+
+def test_blocked_log_ins_are_listed_and_lifted(shell: Shell, gate: Gate) -> None:
+    sync_id = shell.create()
+    assert shell.json("throttle", "list") == []
+    assert shell.run("throttle", "list").stdout == "Nothing is blocked.\n"
+    for guess in range(5):
+        with pytest.raises(NotAuthenticated):
+            log_in(gate, sync_id, f"wrong {guess}")
+    gate.flush()
+    with pytest.raises(TooManyRequests):
+        log_in(gate, sync_id, PASSWORD)
+    (row,) = shell.json("throttle", "list")
+    assert (row["account"], row["network"], row["failures"]) == (None, None, 5)
+    (named,) = shell.json("throttle", "list", "--address", PEER.address)
+    assert named == {**row, "account": sync_id, "network": PEER.address}
+    assert sync_id in shell.run("throttle", "list", "--address", PEER.address).stdout
+    assert shell.json("throttle", "lift", "--account", sync_id) == {"lifted": []}
+    asked = ("throttle", "lift", "--account", "alice@example.org", "--address", PEER.address)
+    assert shell.json(*asked) == {"lifted": [named]}
+    assert log_in(gate, sync_id, PASSWORD).sync_id == sync_id
+    (told,) = shell.json("audit", "list", sync_id, "--action", "throttle.lift")
+    assert told["detail"] == {"keys": [row["key"]], "network": PEER.address}
+    assert shell.json("throttle", "lift", "--all") == {"lifted": []}
+    assert "no account" in shell.refusal("throttle", "lift", "--account", "nobody@example.org")
+    assert "no IP address" in shell.refusal("throttle", "lift", "--address", "home", code=2)
+    for words in ((), ("--all", "--account", sync_id), (row["key"], "--all")):
+        assert "Name a KEY" in shell.refusal("throttle", "lift", *words, code=2)
 
 
 def test_serving_with_another_key_file_is_refused(shell: Shell) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from aiosmtpd.controller import Controller
 from click.testing import CliRunner
 
@@ -19,6 +21,9 @@ from ksync_server import disk
 from ksync_server import settings as configuration
 from ksync_server.cli import doctor, main
 from ksync_server.cli.doctor import OK, PROBLEM, WARNING, Finding, Outside
+from ksync_server.store import schema
+from ksync_server.store import tables as t
+from ksync_server.store.database import Database
 
 HERE = Outside()
 
@@ -132,6 +137,26 @@ def test_a_database_that_is_there(database_url: str) -> None:
     if database_url.startswith("postgresql"):
         assert found["clock and database"].state == OK
         assert found["durability"].text.startswith("fsync off"), "the server of the tests does not flush"
+
+
+def test_documents_of_identity_checks_that_are_late_are_a_problem(database_url: str) -> None:
+    settings = build(database={"url": database_url})
+    database = Database(settings.database, threads=1)
+    schema.migrate(database)
+    now = int(time.time())
+
+    def note(action: str, sync_id: str, hours: int) -> None:
+        row = {"at": now - hours * 3600, "actor": "operator", "address": "", "detail": "{}"}
+        insert = sa.insert(t.audit).values(action=f"account.{action}", subject=sync_id, **row)
+        database.write(lambda tx: tx.execute(insert))
+
+    for sync_id, hours in (("AA00001", 71), ("AA00002", 73), ("AA00003", 80)):
+        note("identity-check", sync_id, hours)
+    note("documents-deleted", "AA00003", 1)
+    database.close()
+    found = [each for each in doctor.check_database(settings, HERE) if "documents" in each.what]
+    assert [(each.what[-7:], each.state) for each in found] == [("AA00001", WARNING), ("AA00002", PROBLEM)]
+    assert "account identity-check AA00002 --documents-deleted" in found[1].advice
 
 
 def test_a_database_without_tables_says_what_to_run(empty_database_url: str) -> None:

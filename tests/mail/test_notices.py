@@ -131,6 +131,16 @@ def test_a_program_refused_because_of_two_factors_leads_to_an_application_passwo
     assert "revoked application password" in text
 
 
+def test_an_identity_check_says_when_its_documents_are_deleted() -> None:
+    detail = {"reason": "lost everything", "documents_until": 1_700_000_000}
+    check = event("account.identity-check", actor="operator", detail=detail)
+    _, text = notices.write(check, "help@example.org", "Example cloud")
+    words = " ".join(text.split())
+    assert "deleted within 72 hours: until 2023-11-14 22:13 UTC" in words
+    assert "second factors stay as they are" in words
+    assert "Reason given: lost everything" in words
+
+
 def test_the_temporary_login_name_and_the_end_of_a_deletion_are_told() -> None:
     _, text = notices.write(event("account.connection-address"), "", "ksync")
     assert "  k3v9q2x7mn@login.invalid\n" in text
@@ -213,6 +223,7 @@ LOGIN, RECOVERY, OLD = "alice@example.org", "alice@example.net", "old@example.or
     [
         ("account.connection-address", {RECOVERY}),
         ("account.deletion", {LOGIN, RECOVERY}),
+        ("account.identity-check", {LOGIN, RECOVERY}),
         ("account.login-email", {LOGIN, RECOVERY, OLD}),
         ("account.password", {LOGIN, RECOVERY}),
         ("account.recovery", {LOGIN, RECOVERY}),

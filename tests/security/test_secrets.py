@@ -155,6 +155,10 @@ def _requests(server: Demo, name: str, app: str, revoked: str, sync_id: str) -> 
                 )
             )
             client.close()
+    for swapped in (app, app.upper(), app.replace("-", " "), app.replace("-", ""), f"{app}@example.org"):
+        said.append(Client(server.url, swapped, name).request("PROPFIND", home, body, {"Depth": "0"}))
+    for swapped in (app[:-1], app + "x", FIRST, SECOND, TYPED):
+        said.append(Client(server.url, swapped, app).request("PROPFIND", home, body, {"Depth": "0"}))
     client = Client(server.url, name, app)
     assert client.request("PROPFIND", home, body, {"Depth": "1"}).status == 207
     for method in ("TRACE", "OPTIONS", "GET", "DELETE", "NONSENSE", "LOCK", "REPORT"):

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ def test_a_constraint_error_inside_a_group_rolls_back_only_its_own_write(databas
     failures = [future.exception(10) for future in futures]
     assert sum(failure is None for failure in failures) == 1
     assert all(failure is None or isinstance(failure, sa.exc.IntegrityError) for failure in failures)
+
+
+def test_errors_say_nothing_of_what_a_statement_was_given(database: Database) -> None:
+    wrong, given = sa.text("SELECT no_such_column FROM store WHERE generation = :given"), "of nobody else"
+    with database.read() as tx, pytest.raises(sa.exc.DBAPIError) as caught:
+        tx.execute(wrong, {"given": given})
+    logged = "".join(traceback.format_exception(caught.value))
+    assert "no_such_column" in logged
+    assert given not in logged
 
 
 def test_a_snapshot_does_not_see_what_is_committed_after_it_began(database: Database) -> None:

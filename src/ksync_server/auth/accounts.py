@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from ksync_server.auth import audit
 from ksync_server.auth.audit import OPERATOR, Actor
-from ksync_server.auth.passwords import AccountPasswords
+from ksync_server.auth.passwords import AccountPasswords, app_password_letters
 from ksync_server.errors import BadRequest, Conflict, Forbidden, NotFound
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Write
@@ -33,6 +33,8 @@ _BETWEEN_DIGITS = re.compile(r"[\s()./-]")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NAME_CHARACTERS = 200
 _LONGEST_LOGIN = 500  # characters
+_LOGGED_LOGIN = 100  # characters
+_NO_NAME = "(not shown: no name)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,19 @@ def canonical_name(name: str, sync_hosts: Iterable[str] = ()) -> tuple[str, bool
     if host in {fold(each) for each in sync_hosts}:
         return local.upper(), False
     return folded, True
+
+
+def logged_name(typed: str) -> str:
+    """A typed log-in name as the log may have it: a secret that was typed into the wrong field is not shown.
+
+    Only what has the form of a name is: a sync id or an e-mail address, and none whose front is an
+    application password, as programs write it that put a domain behind every name.
+    """
+    name = typed.strip()
+    is_name = SYNC_ID.fullmatch(name.upper()) or _EMAIL.fullmatch(name)
+    if not is_name or app_password_letters(name.partition("@")[0]) is not None:
+        return _NO_NAME
+    return name[:_LOGGED_LOGIN]
 
 
 def find(tx: Read, name: str, sync_hosts: Iterable[str] = ()) -> Account | None:

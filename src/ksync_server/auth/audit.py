@@ -23,6 +23,7 @@ TOLD = frozenset(
     [
         "account.connection-address",
         "account.deletion",
+        "account.identity-check",
         "account.login-email",
         "account.password",
         "account.recovery",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hmac
 import logging
-import secrets
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, overload
 
 import sqlalchemy as sa
@@ -121,9 +121,9 @@ class DriveGrant:
 
 _REFUSED = "The name or the password is not right, or an application password is needed."
 _NOTHING_HERE = "There is nothing here."
-_NO_LOOKUP = ""  # no secret has this
 _NEVER = 1 << 60  # Unix seconds
-_OF_SECRET = 18  # columns of a row about a secret and its account; behind them a device password's mailbox
+_OF_SECRET = 19  # columns of a row about a secret and its account; behind them a device password's mailbox
+_holds = itemgetter(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +131,25 @@ class _Refusal:
     """Why nobody was let in: for the log, and for the owner where the secret was a right one."""
 
     reason: str
-    owner: str | None = None  # sync id
+    near: str | None = None  # sync id of the account whose secret it is, or that was looked at
+    right: bool = False  # it is one of that account's, so its owner is told
     second_factor: bool = False  # the right account password, where only application passwords are taken
     repeated: bool = False  # this very secret was refused before: a program that does not know better
     blocked_s: int = 0  # not verified, because of too many wrong ones before
 
 
+def _nearest(table: sa.Table) -> sa.ColumnElement[bool]:
+    """The row of an id, or of its neighbour where nobody has it: one way through the store, whatever the
+    outcome."""
+    neighbour = table.alias("neighbour")
+    first = sa.select(sa.func.min(neighbour.c.lookup))
+    at_or_after = first.where(neighbour.c.lookup >= sa.bindparam("lookup"))
+    return table.c.lookup == sa.func.coalesce(at_or_after.scalar_subquery(), first.scalar_subquery())
+
+
 _APP_PASSWORD = (
     sa.select(
+        t.app_password.c.lookup,
         t.app_password.c.id,
         t.app_password.c.digest,
         t.app_password.c.key_id,
@@ -159,12 +170,13 @@ _APP_PASSWORD = (
         t.account.c.second_factor,
     )
     .join(t.account, t.account.c.id == t.app_password.c.account_id)
-    .where(t.app_password.c.lookup == sa.bindparam("lookup"))
+    .where(_nearest(t.app_password))
 )
 _D, _M = t.device_password.c, t.mailbox.c
 # The same columns, so that both kinds are judged by one function; then the mailbox.
 _DEVICE_PASSWORD = (
     sa.select(
+        _D.lookup,
         _D.id,
         _D.digest,
         _D.key_id,
@@ -207,7 +219,7 @@ _DEVICE_PASSWORD = (
             (t.member.c.account_id == _M.account_id) & (t.member.c.organization_id == _M.organization_id),
         )
     )
-    .where(_D.lookup == sa.bindparam("lookup"))
+    .where(_nearest(t.device_password))
 )
 
 
@@ -225,27 +237,14 @@ class _Kind:
     """A kind of secret that nobody guesses: where its rows are, and whose they are."""
 
     row: sa.Select[Any]
-    any_lookup: sa.Select[Any]
     rekey: sa.Update
     called: str
     of: str  # what it opens, and what `state` is the state of
 
 
 _KINDS = {
-    Secret.APP_PASSWORD: _Kind(
-        _APP_PASSWORD,
-        sa.select(t.app_password.c.lookup).limit(1),
-        _rekey(t.app_password),
-        "application password",
-        "account",
-    ),
-    Secret.DEVICE_PASSWORD: _Kind(
-        _DEVICE_PASSWORD,
-        sa.select(_D.lookup).limit(1),
-        _rekey(t.device_password),
-        "device password",
-        "mailbox",
-    ),
+    Secret.APP_PASSWORD: _Kind(_APP_PASSWORD, _rekey(t.app_password), "application password", "account"),
+    Secret.DEVICE_PASSWORD: _Kind(_DEVICE_PASSWORD, _rekey(t.device_password), "device password", "mailbox"),
 }
 _other = t.drive.alias("other")
 _OTHERS_USE = (
@@ -305,21 +304,19 @@ class Gate:
         self._offers = offers
         self._sync_hosts = tuple(accounts.fold(host) for host in settings.hosts.log_in)
         self.passwords = passwords.AccountPasswords(settings.auth, memory)
-        self._throttle = Throttle(settings.auth, database, keys)
+        self.throttle = Throttle(settings.auth, database, keys)
         self._notes = Notes(database, settings.auth.last_used_s)
-        self._lookups = dict.fromkeys(_KINDS, _NO_LOOKUP)  # of some secret of each kind that exists
-        self._decoy = self._made_up()
         self._verifying: dict[tuple[Credentials | None, str, Service], Future[Identity]] = {}
         self._present = 0  # the id of some account that exists
 
     def flush(self) -> None:
         """Wait until what is to be written of uses and refusals so far is; requests never do."""
         self._notes.flush()
-        self._throttle.flush()
+        self.throttle.flush()
 
     def close(self) -> None:
         """Write the counts that wait; the database is still open."""
-        self._throttle.close()
+        self.throttle.close()
 
     # -- who is it ----------------------------------------------------------------------------------
 
@@ -399,59 +396,36 @@ class Gate:
 
     # -- application and device passwords -----------------------------------------------------------
 
-    def _made_up(self) -> Row:
-        """What an unknown one is compared with: as much work as a row."""
-        key_id, digest = self._keys.digest(secrets.token_bytes(32))
-        row = (0, digest, key_id, "caldav carddav drive", None, None, "", None, False, None, None)
-        return (*row, 0, "", "", "", "", "active", False)
-
-    def _stand_in(self) -> Row:
-        """The made-up row, under a key set that is there: its first one may be retired."""
-        if not self._keys.has(self._decoy[2]):
-            self._decoy = self._made_up()
-        return self._decoy
-
     def _by_letters(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
         secret = passwords.parse_app_password(letters)
         if secret is None:
             return _Refusal("mistyped application password")
         kind = _KINDS[secret.kind]
         rows = self._database.fast(kind.row, {"lookup": secret.lookup})
-        stand_in = self._stand_in()  # looked at always: a microsecond would tell
-        refusal = self._judge(rows[0] if rows else stand_in, name, secret, peer, service)
-        if refusal is not None:
-            # A hit and a miss for every cause alike.
-            other = _NO_LOOKUP if rows else self._some_lookup(secret.kind)
-            self._database.fast(kind.row, {"lookup": other})
-            return refusal
-        self._lookups[secret.kind] = secret.lookup
-        return self._bearer(rows[0], secret, name, peer, service)
-
-    def _some_lookup(self, kind: Secret) -> str:
-        if self._lookups[kind] == _NO_LOOKUP:
-            rows = self._database.fast(_KINDS[kind].any_lookup)
-            self._lookups[kind] = rows[0][0] if rows else _NO_LOOKUP
-        return self._lookups[kind]
+        if not rows:
+            return _Refusal(f"no such {kind.called}")  # there is none at all
+        refusal = self._judge(rows[0], name, secret, peer, service)
+        return self._bearer(rows[0], secret, name, peer, service) if refusal is None else refusal
 
     def _judge(
-        self, row: Row, name: str, shown: passwords.AppPassword, peer: Peer, service: Service
+        self, row: Row, name: str, secret: passwords.AppPassword, peer: Peer, service: Service
     ) -> _Refusal | None:
         """Why a secret is refused, None where it is right; everything is looked at always."""
-        _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row[:_OF_SECRET]
+        lookup, _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row[:_OF_SECRET]
         _, sync_id, _, login_key, _, state, second_factor = owner
         typed, is_email = accounts.canonical_name(name, self._sync_hosts)
-        by_id = (
-            sync_id if shown.kind is Secret.APP_PASSWORD else None
-        )  # a mailbox has its address alone (MAIL1)
-        kind, of = _KINDS[shown.kind].called, _KINDS[shown.kind].of
+        # A mailbox has no name but its address (MAIL1).
+        by_id = sync_id if secret.kind is Secret.APP_PASSWORD else None
+        kind, of = _KINDS[secret.kind].called, _KINDS[secret.kind].of
         try:
-            _, wanted = self._keys.digest(shown.secret.encode("ascii"), key_id)
+            _, wanted = self._keys.digest(secret.secret.encode("ascii"), key_id)
         except ConfigError:
             wanted = b""
         right = hmac.compare_digest(wanted, bytes(digest))
         now = time.time()
         inside = passwords.is_within(peer.address, networks or "0.0.0.0/0 ::/0") or not networks
         causes = (
+            (lookup != secret.lookup, f"no such {kind}", False),
             (not wanted, f"the key file has no key set {key_id}", False),
             (not right, f"no such {kind}", False),
             (
@@ -464,26 +438,27 @@ class Gate:
             (not inside, f"an address that the {kind} is not for", True),
             (state != "active", f"the {of} is {state}", True),
             (
-                not rules.opens(shown.kind, service, second_factor=bool(second_factor)),
+                not rules.opens(secret.kind, service, second_factor=bool(second_factor)),
                 f"{service} takes no {kind}",
                 True,
             ),
         )
-        who = sync_id or None
-        found = [_Refusal(reason, who if owned else None) for holds, reason, owned in causes if holds]
-        return found[0] if found else None
+        holds, reason, owned = max(causes, key=_holds)  # the first of those that hold; looks at each
+        return _Refusal(reason, sync_id or None, right=owned) if holds else None
 
     def _bearer(
         self, row: Row, secret: passwords.AppPassword, name: str, peer: Peer, service: Service
     ) -> Identity:
-        number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row[:_OF_SECRET]
+        _, number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row[
+            :_OF_SECRET
+        ]
         account_id, sync_id, email, _, shown, _, _ = owner
         if self._keys.is_outdated(key_id):
             self._rekey(number, key_id, secret)
         use = Use(secret.kind, number, int(time.time()), service, peer.address, peer.user_agent[:200])
         if self._notes.use(used_at, use):
             typed, _ = accounts.canonical_name(name, self._sync_hosts)
-            self._throttle.trust(self._throttle.attempt(typed, peer.address, ""))
+            self.throttle.trust(self.throttle.attempt(typed, peer.address, ""))
         scoped = frozenset(scopes.split())
         mailbox = Mailbox(*row[_OF_SECRET:]) if secret.kind is Secret.DEVICE_PASSWORD else None
         app_password_id = number if mailbox is None else None
@@ -507,31 +482,31 @@ class Gate:
     ) -> Identity | _Refusal | None:
         now = int(time.time())
         typed, _ = accounts.canonical_name(credentials.name, self._sync_hosts)
-        attempt = self._throttle.attempt(typed, peer.address, credentials.secret)
-        waiting = self._throttle.waiting(attempt)
+        attempt = self.throttle.attempt(typed, peer.address, credentials.secret)
+        waiting = self.throttle.waiting(attempt)
         with self._database.read() as tx:
             account = accounts.find(tx, credentials.name, self._sync_hosts)
-            standing = self._throttle.standing(tx, attempt, waiting, now)
+            standing = self.throttle.standing(tx, attempt, waiting, now)
         if self._remembers(account, attempt, standing, credentials.secret, service):
             assert account is not None, "nobody is remembered"
             return owner(account)
         self._level(account)
         if standing.blocked_s:
-            self._throttle.failed(attempt, standing)
+            self.throttle.failed(attempt, standing)
             return _Refusal("too many wrong log-ins", repeated=standing.known, blocked_s=standing.blocked_s)
         if not rules.opens(Secret.ACCOUNT_PASSWORD, service, second_factor=False):
             # Not verified, since it opens nothing here either way: nothing to learn, and no argon2 to burn.
-            self._throttle.failed(attempt, standing)
+            self.throttle.failed(attempt, standing)
             return _Refusal(f"{service} takes no account password", repeated=standing.known)
         if not verify:
             return None
-        with self._throttle.verifying(attempt):
+        with self.throttle.verifying(attempt):
             refusal = self._verified(account, credentials.secret, service, repeated=standing.known)
         if refusal is not None:
-            self._throttle.failed(attempt, standing)
+            self.throttle.failed(attempt, standing)
             return refusal
         assert account is not None, "verified"
-        self._throttle.succeeded(attempt, standing, now)
+        self.throttle.succeeded(attempt, standing, now)
         self.passwords.remember(account.id, credentials.secret, account.auth_epoch, attempt.network)
         return owner(account)
 
@@ -564,13 +539,16 @@ class Gate:
     ) -> _Refusal | None:
         stored = account.password_hash if account is not None else None
         if not self.passwords.verify(password, stored):
-            return _Refusal("wrong password" if account else "no such account", repeated=repeated)
+            near = account.sync_id if account else None
+            return _Refusal("wrong password" if account else "no such account", near, repeated=repeated)
         assert account is not None, "a hash matched"
         if not _opens(account, service):
             if account.state != "active":
-                return _Refusal(f"the account is {account.state}", account.sync_id, repeated=repeated)
+                return _Refusal(
+                    f"the account is {account.state}", account.sync_id, right=True, repeated=repeated
+                )
             reason = "an application password is needed"
-            return _Refusal(reason, account.sync_id, second_factor=True, repeated=repeated)
+            return _Refusal(reason, account.sync_id, right=True, second_factor=True, repeated=repeated)
         if stored is not None and self.passwords.is_outdated(stored):
             self._rehash(account, password)
         return None
@@ -599,16 +577,16 @@ class Gate:
 
         fail2ban reads the line (deploy/fail2ban/): a repeated secret is no guess.
         """
-        guess = not refusal.repeated and refusal.owner is None
+        guess = not refusal.repeated and not refusal.right
         fields = {
             "address": peer.address,
             "guess": "yes" if guess else "no",
             "reason": refusal.reason,
             "service": str(service),
-            "login": credentials.name[:100],
+            "login": accounts.logged_name(credentials.name),
         }
         log.warning("log-in refused", extra=fields)
-        self._notes.refusal(refusal.owner, refusal.reason, peer, service)
+        self._notes.refusal(refusal.near, refusal.reason, peer, service, told=refusal.right)
 
     # -- may they -----------------------------------------------------------------------------------
 

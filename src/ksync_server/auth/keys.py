@@ -91,10 +91,6 @@ class Keys:
         order = tuple(contents.sets)
         return name in contents.sets and order.index(name) < order.index(contents.current)
 
-    def has(self, name: str) -> bool:
-        """Whether there is such a set, as the file was last read; no look at it."""
-        return name in self._contents.sets
-
     def digest(self, secret: bytes, key_id: str | None = None) -> tuple[str, bytes]:
         """HMAC-SHA256 of a secret under a pepper: (key id, 32 bytes).
 

@@ -95,15 +95,15 @@ class Notes:
             values = {"at": use.at, "service": use.service, "address": use.address, "client": use.client}
             tx.fast(_USED[use.kind], {"id_": use.number, **values})
 
-    def refusal(self, sync_id: str | None, reason: str, peer: Peer, service: Service) -> None:
+    def refusal(self, sync_id: str | None, reason: str, peer: Peer, service: Service, *, told: bool) -> None:
         """Leave a row in the audit, at most one per account and reason and hour, and tell the owner by
         e-mail, at most once a day (APP7).
 
         Args:
-            sync_id: whose right secret was refused; None where it was no right one: then nothing is
-                written, yet as much is done until then.
+            sync_id: the account that was looked at; None where there is none.
+            told: its right secret was refused; otherwise nothing is written, yet as much is done until then.
         """
-        if not self._is_due(reason, sync_id, _TELL_EVERY_S) or sync_id is None:
+        if not self._is_due(reason, sync_id, _TELL_EVERY_S) or not told or sync_id is None:
             return
         actor = audit.Actor(sync_id, peer.address)
         detail: dict[str, object] = {

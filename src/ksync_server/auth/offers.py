@@ -15,12 +15,13 @@ from ksync_server.settings import GB
 
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     webdav: bool
-    mail: bool = False
+    mailboxes: bool = False
     aliases: tuple[str, ...] = ()
     webhooks: int | None = None
     seats_min: int = 0
     seats_max: int | None = None
     storage_gb: int | None = None
+    mail: bool = False
     ksuite: int | None = None
 
 
@@ -30,11 +31,12 @@ class Offer:
 
     id: str
     webdav: bool
-    mail: bool  # as many addresses as seats
+    mailboxes: bool  # as many addresses as seats
     webhooks: int | None  # None = no limit
     seats_min: int
     seats_max: int | None
     storage_bytes: int | None
+    mail: bool  # a mail service: its seats are addresses, and it may join a kSuite
     ksuite: int | None  # its rank among the kSuites; None = it is none
 
 
@@ -55,11 +57,12 @@ class Offers:
             name: Offer(
                 name,
                 row.webdav,
-                row.mail,
+                row.mailboxes,
                 row.webhooks,
                 row.seats_min,
                 row.seats_max,
                 None if row.storage_gb is None else row.storage_gb * GB,
+                row.mail,
                 row.ksuite,
             )
             for name, row in rows.items()

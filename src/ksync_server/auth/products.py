@@ -52,7 +52,11 @@ _USED = sa.select(sa.func.coalesce(sa.func.sum(t.drive.c.used_bytes), 0)).where(
 )
 _DRIVES = sa.select(t.drive.c.id).where(t.drive.c.product_id == sa.bindparam("product_id"))
 _OF_ORGANIZATION = sa.select(_P.offer, _P.seats).where(_P.organization_id == sa.bindparam("organization_id"))
-_ADDRESSES = sa.select(sa.func.count()).where(t.mailbox.c.organization_id == sa.bindparam("organization_id"))
+_ADDRESSES = (
+    sa.select(sa.func.count())
+    .select_from(t.mailbox)
+    .where(t.mailbox.c.organization_id == sa.bindparam("organization_id"))
+)
 _PRODUCT_OF_DRIVE = sa.select(t.drive.c.product_id).where(t.drive.c.id == sa.bindparam("drive_id"))
 
 
@@ -227,7 +231,14 @@ def set_paid(
 
 
 def convert_to_ksuite(
-    tx: Write, offers: Offers, product_id: int, name: str, actor: Actor = OPERATOR, *, now: int | None = None
+    tx: Write,
+    offers: Offers,
+    product_id: int,
+    name: str,
+    actor: Actor = OPERATOR,
+    *,
+    mail_id: int | None = None,
+    now: int | None = None,
 ) -> Product:
     """Make the product of an existing drive the organization's kSuite (OFF5).
 
@@ -235,11 +246,14 @@ def convert_to_ksuite(
 
     Args:
         name: id or alias of a kSuite's offer.
+        mail_id: a mail service of the organization that joins: its seats and addresses count too, and it is
+            no product of its own any more. The mailboxes are the organization's and stay.
 
     Raises:
         BadRequest: no such offer, or it is no kSuite.
         Conflict: there is a kSuite already, the product has no drive, is unpaid or on trial, its drives hold
-            more than the offer allows, or the offer has fewer seats than there are users.
+            more than the offer allows, the offer has fewer seats than there are users, or what should join is
+            no mail service of this organization.
         NotFound: no such product.
         Forbidden: the actor is no legal representative or administrator of the organization.
     """
@@ -261,7 +275,8 @@ def convert_to_ksuite(
     if allowed is not None:
         _require_storage(tx, product.id, allowed)
     _update(tx, product.id, ksuite=True, seats=None, storage_bytes=storage)
-    seats = max(offer.seats_min, product.seats or 0, len(organizations.users(tx, product.id)))
+    addresses = 0 if mail_id is None else _join_mail(tx, offers, product, mail_id, actor)
+    seats = max(offer.seats_min, product.seats or 0, len(organizations.users(tx, product.id)), addresses)
     if offer.seats_max is not None and seats > offer.seats_max:
         raise Conflict(f"{offer.id} has {offer.seats_max} seats at most, and {seats} are needed.")
     _update(tx, product.id, seats=seats)
@@ -270,6 +285,26 @@ def convert_to_ksuite(
         tx, actor, "product.convert", str(product.id), {"from": product.offer, "to": offer.id, "seats": seats}
     )
     return get(tx, product.id)
+
+
+def _join_mail(tx: Write, offers: Offers, suite: Product, mail_id: int, actor: Actor) -> int:
+    """End a mail service as a product of its own; returns how many addresses it had or was to have."""
+    mail = get(tx, mail_id)
+    offer = offers.find(mail.offer)
+    if mail.organization_id != suite.organization_id:
+        raise Conflict(f"Product {mail.id} belongs to another organization.")
+    if offer is None or not offer.mail or tx.one(_DRIVES, {"product_id": mail.id}) is not None:
+        raise Conflict(f"Product {mail.id} ({mail.offer}) is not a mail service.")
+    used = int(tx.scalar(_ADDRESSES, {"organization_id": mail.organization_id}))
+    tx.execute(sa.delete(t.product).where(_P.id == mail.id))
+    detail: dict[str, object] = {
+        "offer": mail.offer,
+        "into": suite.id,
+        "seats": mail.seats,
+        "addresses": used,
+    }
+    audit.record(tx, actor, "product.join", str(mail.id), detail)
+    return max(mail.seats or 0, used)
 
 
 def move(tx: Write, offers: Offers, product_id: int, organization_id: int, actor: Actor = OPERATOR) -> None:
@@ -360,7 +395,7 @@ def addresses(tx: Read, offers: Offers, organization_id: int) -> int | None:
     allowed = 0
     for name, seats in tx.fast(_OF_ORGANIZATION, {"organization_id": organization_id}):
         offer = offers.find(name)
-        if offer is None or not offer.mail:
+        if offer is None or not offer.mailboxes:
             continue
         most = offer.seats_max if seats is None else seats
         if most is None:
@@ -378,7 +413,7 @@ def require_addresses(tx: Read, offers: Offers, organization_id: int) -> None:
     allowed = addresses(tx, offers, organization_id)
     taken = int(tx.scalar(_ADDRESSES, {"organization_id": organization_id}))
     if allowed is not None and taken > allowed:
-        better = ", ".join(each.id for each in offers.list() if each.mail)
+        better = ", ".join(each.id for each in offers.list() if each.mailboxes)
         raise Conflict(
             f"The offers of organization {organization_id} have {allowed} addresses; {taken} are needed."
             f" Offers with mail: {better}."

@@ -1,4 +1,5 @@
-"""When a log-in fails its owner: a login address that is gone (ACC5), a forgotten password (ACC8).
+"""When a log-in fails its owner: a login address that is gone (ACC5), a forgotten password, and the last
+resort, an operator who looks at documents (ACC8).
 
 Nothing here touches a second factor: who comes back this way still needs it.
 """
@@ -26,6 +27,7 @@ _LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
 _NAME_LETTERS = 10
 _REASON = 5  # characters at least
 _LINK_S = 3600
+_DOCUMENTS_S = 72 * 3600  # for which documents of an identity check may be kept
 
 _BY_LOGIN = sa.select(t.account.c.id).where(t.account.c.login_key == sa.bindparam("name"))
 
@@ -82,6 +84,64 @@ def address_gone(
     return login_lost(tx, accounts.by_id(tx, row[0]), domains, actor)
 
 
+# -- an identity check ----------------------------------------------------------------------------
+
+_CHECKED, _DELETED = "account.identity-check", "account.documents-deleted"
+_CHECKS = (
+    sa.select(t.audit.c.subject, t.audit.c.action, t.audit.c.at)
+    .where(sa.or_(t.audit.c.action == _CHECKED, t.audit.c.action == _DELETED))
+    .order_by(t.audit.c.id)
+)
+
+
+def identity_checked(tx: Write, account: Account, *, reason: str, actor: Actor = OPERATOR) -> int:
+    """Note that somebody's documents were looked at, the last resort of who lost the rest; the owner is told.
+
+    It opens nothing by itself and no second factor is touched. The documents are with the operator and never
+    here: what is kept here is until when they must be deleted.
+
+    Args:
+        reason: kept in the audit and told.
+
+    Returns:
+        Unix seconds by which the documents must be gone.
+
+    Raises:
+        BadRequest: no reason.
+    """
+    if len(reason.strip()) < _REASON:
+        raise BadRequest("Say why documents were looked at; the reason is kept in the audit.")
+    until = int(time.time()) + _DOCUMENTS_S
+    detail: dict[str, object] = {"reason": reason.strip(), "documents_until": until}
+    audit.record(tx, actor, _CHECKED, account.sync_id, detail)
+    return until
+
+
+def documents_deleted(tx: Write, sync_id: str, actor: Actor = OPERATOR) -> None:
+    """Note that the documents of an account's identity checks are deleted, be it that the account is, too.
+
+    Raises:
+        Conflict: there is no check whose documents are left.
+    """
+    if sync_id not in documents_kept(tx):
+        raise Conflict(f"There is no identity check of {sync_id} whose documents are left.")
+    audit.record(tx, actor, _DELETED, sync_id)
+
+
+def documents_kept(tx: Read) -> dict[str, int]:
+    """Accounts with an identity check whose documents were not noted as deleted, and when they must be.
+
+    Cost: reads the audit.
+    """
+    kept: dict[str, int] = {}
+    for sync_id, action, at in tx.fast(_CHECKS):
+        if action == _CHECKED:
+            kept.setdefault(sync_id, at + _DOCUMENTS_S)
+        else:
+            kept.pop(sync_id, None)
+    return kept
+
+
 # -- a forgotten password -------------------------------------------------------------------------
 
 
@@ -107,7 +167,8 @@ def start_reset(tx: Write, account: Account, *, reason: str, actor: Actor = OPER
     email, _ = accounts.recovery_of(tx, account)
     if email is None:
         raise Conflict(
-            f"{account.sync_id} has no recovery e-mail: make sure who asks, then set one (account recovery)."
+            f"{account.sync_id} has no recovery e-mail: make sure who asks (account identity-check), then set"
+            " one (account recovery)."
         )
     detail: dict[str, object] = {"reason": reason.strip(), "told": [email]}
     audit.record(tx, actor, "account.reset", account.sync_id, detail)

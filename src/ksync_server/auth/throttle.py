@@ -29,6 +29,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ksync_server import settings as configuration
+from ksync_server.auth import audit
+from ksync_server.auth.audit import OPERATOR, Actor
 from ksync_server.auth.keys import Keys
 from ksync_server.auth.passwords import parsed_address
 from ksync_server.errors import KsyncError
@@ -42,6 +44,7 @@ _SEEN = 128  # wrong secrets that a row remembers
 _PENDING = 10_000  # rows whose new counts wait in memory at most
 _BATCH = 100  # rows of one transaction: some 4 ms
 _PRUNED = 1000  # rows erased by one transaction
+_SKEW_S = 3600  # what clocks of several nodes may differ by
 _IPV6_PREFIX = 64  # what one customer of a provider has at least
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -94,14 +97,29 @@ class Count:
     kept_until: int = 0
     seen: bytes = b""  # marks of wrong secrets, the newest last
 
+    def blocks(self, settings: configuration.Auth, now: int) -> bool:
+        """Whether it blocks; not where no block is as long: then the clock was set back since it began."""
+        longest = _block_s(settings, self.strikes - 1)
+        return now < self.blocked_until <= now + longest + _SKEW_S
+
     def marks(self) -> set[bytes]:
         """The wrong secrets that it has seen."""
         return {self.seen[at : at + _MARK_BYTES] for at in range(0, len(self.seen), _MARK_BYTES)}
 
 
+def _block_s(settings: configuration.Auth, strikes: int) -> int:
+    """How long a block lasts after so many others."""
+    length = settings.throttle_block_s * settings.throttle_factor ** min(max(strikes, 0), 20)
+    return int(min(length, settings.throttle_longest_s))
+
+
 def _count(row: Row) -> Count:
     key, failures, since, strikes, blocked, trusted, kept, seen = row
     return Count(key, failures, since, strikes, blocked, trusted, kept, bytes(seen))
+
+
+def _put(tx: Write, count: Count) -> None:
+    tx.fast(_PUT, {f"{name}_": getattr(count, name) for name in Count.__slots__})
 
 
 def added(count: Count, marks: Iterable[bytes], limit: int, settings: configuration.Auth, now: int) -> Count:
@@ -114,15 +132,15 @@ def added(count: Count, marks: Iterable[bytes], limit: int, settings: configurat
     if not new:
         return count
     failures, since = count.failures, count.since
-    if count.blocked_until <= now and since + settings.throttle_window_s <= now:
+    blocked = count.blocks(settings, now)
+    if not blocked and not now - settings.throttle_window_s < since <= now + _SKEW_S:
         failures, since = 0, now
     failures = min(failures + len(new), max(settings.throttle_most, limit))
     strikes, blocked_until = count.strikes, count.blocked_until
     if strikes and blocked_until + settings.throttle_longest_s <= now:
         strikes = 0
-    if limit and failures >= limit and blocked_until <= now:
-        length = settings.throttle_block_s * settings.throttle_factor ** min(strikes, 20)
-        blocked_until = now + int(min(length, settings.throttle_longest_s))
+    if limit and failures >= limit and not blocked:
+        blocked_until = now + _block_s(settings, strikes)
         strikes += 1
     kept = max(blocked_until, now + settings.throttle_window_s) + settings.throttle_longest_s
     return replace(
@@ -275,6 +293,7 @@ class Throttle:
 
         Cost: one statement over three rows.
         """
+        settings = self._settings
         keys = {"place": one.place, "name": one.name, "network": one.network}
         counts = {row[0]: _count(row) for row in tx.fast(_OF_TRY, keys)}
         known = one.mark in waiting[one.place] or (
@@ -284,9 +303,9 @@ class Throttle:
         for key, limit in self._limits(one):
             count = counts.get(key) or Count(key)
             if waiting[key]:
-                count = counts[key] = added(count, waiting[key], limit, self._settings, now)
+                count = counts[key] = added(count, waiting[key], limit, settings, now)
             trusted = key == one.name and one.place in counts and counts[one.place].trusted_until > now
-            if limit and count.blocked_until > now and not trusted:
+            if limit and count.blocks(settings, now) and not trusted:
                 blocking.append(key)
                 blocked = max(blocked, count.blocked_until - now)
                 most = max(most, count.failures)
@@ -433,8 +452,7 @@ class Throttle:
                 limit, marks = failed[key]
                 after = added(after, marks, limit, settings, now)
             if after != before:
-                values = {f"{name}_": getattr(after, name) for name in Count.__slots__}
-                tx.fast(_PUT, values)
+                _put(tx, after)
 
     def close(self) -> None:
         """Write what waits and end the thread."""
@@ -445,6 +463,97 @@ class Throttle:
         if thread is not None:
             thread.join()
             self.flush()
+
+
+# -- for operators --------------------------------------------------------------------------------
+
+_BLOCKING = sa.select(*_COLUMNS).where(_T.blocked_until > _P("now")).order_by(_T.blocked_until.desc(), _T.key)
+_NAMES = sa.select(t.account.c.sync_id, t.account.c.login_key)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A count that refuses log-ins now. Rows say neither name nor network: both are known where asked for."""
+
+    key: str
+    account: (
+        str | None
+    )  # sync id; None = a network's, or a name that no account has, or a place not asked for
+    network: str | None
+    failures: int
+    strikes: int
+    ends_at: int  # Unix seconds
+
+
+def blocks(tx: Read, throttle: Throttle, now: int, addresses: Iterable[str] = ()) -> list[Block]:
+    """What is blocked now, the longest first.
+
+    Args:
+        addresses: peers whose network is looked for, alone and with each account; others cannot be told from
+            their hashes.
+
+    Cost: reads the table; three keyed hashes for each name of each account and each address.
+    """
+    counts = [_count(row) for row in tx.fast(_BLOCKING, {"now": now})]
+    known: dict[str, tuple[str | None, str | None]] = {}
+    for sync_id, login in tx.fast(_NAMES) if counts else ():
+        for name in (sync_id, login):
+            known[throttle.attempt(name, "", "").name] = (sync_id, None)
+            for address in addresses:
+                one, where = throttle.attempt(name, address, ""), network(address)
+                known |= {one.place: (sync_id, where), one.network: (None, where)}
+    return [
+        Block(each.key, *known.get(each.key, (None, None)), each.failures, each.strikes, each.blocked_until)
+        for each in counts
+    ]
+
+
+def lift(
+    tx: Write,
+    throttle: Throttle,
+    settings: configuration.Auth,
+    now: int,
+    *,
+    key: str | None = None,
+    account: str | None = None,
+    address: str | None = None,
+    actor: Actor = OPERATOR,
+) -> list[Block]:
+    """End blocks now, with the failures behind them; wrong secrets that were seen stay known.
+
+    With an account and an address, all that blocks this account there; with one of the two, the count of its
+    name or of the network; with neither, everything. Guesses that a running process has not written yet, a
+    second's at most, may count again.
+
+    Args:
+        key: only this one, as `blocks` names it.
+        account: sync id.
+
+    Returns:
+        What was lifted.
+    """
+    where = None if address is None else network(address)
+
+    def meant(block: Block) -> bool:
+        if key is not None:
+            return block.key == key
+        if account is None:
+            return address is None or (block.account is None and block.network == where)
+        return block.account == account or (
+            address is not None and (block.account, block.network) == (None, where)
+        )
+
+    lifted = [
+        each for each in blocks(tx, throttle, now, () if address is None else (address,)) if meant(each)
+    ]
+    for each in lifted:
+        row = tx.one(_LOCKED, {"key": each.key})
+        if row is not None:
+            _put(tx, improved(_count(row), _ANYWHERE, settings, now))
+    if lifted:
+        detail: dict[str, object] = {"keys": [each.key for each in lifted][:_PRUNED], "network": where}
+        audit.record(tx, actor, "throttle.lift", account or key or where or "everything", detail)
+    return lifted
 
 
 def _batches(keys: list[str]) -> Iterator[list[str]]:

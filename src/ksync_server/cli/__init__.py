@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ksync_server import settings as configuration
-from ksync_server.cli import accounts, backup, jobs, keys, mail, organizations, verify
+from ksync_server.cli import accounts, backup, jobs, keys, mail, organizations, throttle, verify
 from ksync_server.cli import demo as demonstration
 from ksync_server.cli import doctor as diagnosis
 from ksync_server.cli.context import Context, Main, configured, shared_metrics
@@ -166,6 +166,7 @@ accounts.register(main)
 organizations.register(main)
 verify.register(main)
 keys.register(main)
+throttle.register(main)
 backup.register(main)
 jobs.register(main)
 mail.register(main)

@@ -272,6 +272,41 @@ def _account_reset(services: Services, name: str, reason: str) -> Answer:
     return Answer(row, f"{row['sync_id']} is told at {row['told']} that a reset was asked for.")
 
 
+@command(account, "identity-check")
+@_name
+@click.option("--reason", help="Why documents were looked at; it is kept in the audit and told.")
+@click.option("--documents-deleted", is_flag=True, help="Instead: the documents of its checks are deleted.")
+def _account_identity_check(
+    services: Services, name: str, reason: str | None, documents_deleted: bool
+) -> Answer:
+    """Note that you looked at somebody's documents, the last resort; the owner is told, nothing is opened.
+
+    Then set a recovery e-mail (account recovery) or a password (account password). Delete the documents
+    within 72 hours and note that with --documents-deleted; `doctor` tells when it is late.
+    """
+    if (reason is None) is not documents_deleted:
+        raise click.UsageError("Give a --reason, or say --documents-deleted.")
+
+    def deleted(tx: Write) -> str:
+        found = accounts.find(tx, name, services.settings.hosts.log_in)
+        sync_id = name.strip().upper() if found is None else found.sync_id
+        recovery.documents_deleted(tx, sync_id)
+        return sync_id
+
+    def checked(tx: Write, account: Account) -> dict[str, Any]:
+        until = recovery.identity_checked(tx, account, reason=reason or "")
+        return {"sync_id": account.sync_id, "documents_until": until}
+
+    if documents_deleted:
+        sync_id = services.database.write(deleted)
+        return Answer(
+            {"sync_id": sync_id, "documents_until": None}, f"Documents of {sync_id} are noted as deleted."
+        )
+    row = change_account(services, name, checked)
+    day = datetime.fromtimestamp(row["documents_until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Answer(row, f"The check of {row['sync_id']} is noted. Delete the documents until {day}.")
+
+
 @command(account, "notices")
 @_name
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)

@@ -241,6 +241,21 @@ def _database(database: Database, settings: Settings) -> Iterator[Finding]:
         began = time.time()
         there = float(value("SELECT extract(epoch FROM clock_timestamp())"))
         yield _clock("clock and database", there - (began + time.time()) / 2, settings)
+    yield from _documents(database)
+
+
+def _documents(database: Database) -> Iterator[Finding]:
+    """Documents of identity checks are deleted in time."""
+    from ksync_server.auth import recovery
+
+    with database.read() as tx:
+        kept = recovery.documents_kept(tx)
+    for sync_id, until in sorted(kept.items()):
+        late = until < time.time()
+        day = datetime.datetime.fromtimestamp(until, datetime.UTC)
+        text = f"{'should have been' if late else 'are to be'} deleted by {day:%Y-%m-%d %H:%M} UTC"
+        advice = f"Delete them, then `ksync-server account identity-check {sync_id} --documents-deleted`."
+        yield Finding(f"identity documents of {sync_id}", PROBLEM if late else WARNING, text, advice)
 
 
 def _clock(what: str, drift: float, settings: Settings) -> Finding:

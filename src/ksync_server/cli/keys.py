@@ -12,7 +12,6 @@ from ksync_server.cli.output import Answer, command, table
 if TYPE_CHECKING:
     from ksync_server.app import Services
 
-_KINDS = ("application_passwords", "device_passwords", "recovery_codes", "second_factors")
 _key_id = click.argument("key_id", metavar="ID")
 
 
@@ -38,7 +37,7 @@ def _keys_list(services: Services) -> Answer:
             "in_file": name in sets,
             "current": name == services.keys.current,
             "created_at": (sets[name].created_at or None) if name in sets else None,
-            **(counts.get(name) or dict.fromkeys(_KINDS, 0)),
+            **(counts.get(name) or dict.fromkeys(rotation.KINDS, 0)),
         }
         for name in [*sets, *sorted(set(counts) - set(sets))]
     ]
@@ -65,7 +64,7 @@ def _keys_holders(services: Services, key_id: str) -> Answer:
     "--prepare", is_flag=True, help="Only add the set: copy the file to other machines, then rotate."
 )
 def _keys_rotate(services: Services, prepare: bool) -> Answer:
-    """Make a new key set current, and move every second factor to it.
+    """Make a new key set current, and move what is sealed to it: second factors, secrets of jobs.
 
     Application passwords move when they are next used, recovery codes when their owner makes new ones.
     """
@@ -79,7 +78,7 @@ def _keys_rotate(services: Services, prepare: bool) -> Answer:
     name, moved = rotation.rotate(services.database, services.keys, path)
     return Answer(
         {"id": name, "current": True, "moved": moved},
-        f"{name} is current; {moved} second factors moved to it. Back up {path}.",
+        f"{name} is current; {moved} sealed secrets moved to it. Back up {path}.",
     )
 
 

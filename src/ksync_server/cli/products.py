@@ -60,8 +60,9 @@ def _offer_list(services: Services) -> Answer:
             "id": each.id,
             "aliases": services.offers.aliases(each.id),
             "ksuite": each.ksuite is not None,
-            "webdav": each.webdav,
             "mail": each.mail,
+            "webdav": each.webdav,
+            "mailboxes": each.mailboxes,
             "webhooks": each.webhooks,
             "seats_min": each.seats_min,
             "seats_max": each.seats_max,
@@ -202,9 +203,15 @@ def _product_move(services: Services, product_id: int, organization_id: int) -> 
 @command(product, "convert-to-ksuite")
 @_product_id
 @click.argument("name", metavar="OFFER")
-def _product_convert(services: Services, product_id: int, name: str) -> Answer:
+@click.option(
+    "--mail", "mail_id", type=int, help="Product of the mail service that joins and ends as its own."
+)
+def _product_convert(services: Services, product_id: int, name: str, mail_id: int | None) -> Answer:
     """Make the product of an existing drive the organization's kSuite; its users set the least seats."""
-    row = services.database.write(
-        lambda tx: _shown(services, tx, products.convert_to_ksuite(tx, services.offers, product_id, name))
-    )
+
+    def convert(tx: Write) -> dict[str, Any]:
+        made = products.convert_to_ksuite(tx, services.offers, product_id, name, mail_id=mail_id)
+        return _shown(services, tx, made)
+
+    row = services.database.write(convert)
     return Answer(row, f"Product {product_id} is a kSuite ({row['offer']}) with {row['seats']} seats.")

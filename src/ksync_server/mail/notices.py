@@ -35,6 +35,7 @@ _NOT_PLAIN = re.compile(r"[^\w ._/()+;,'-]")
 RECOVERY_TOO = frozenset(
     [
         "account.deletion",
+        "account.identity-check",
         "account.login-email",
         "account.password",
         "account.recovery",
@@ -146,6 +147,18 @@ def _reset(event: Event) -> Letter:
         "a new password with you. This mail asks for nothing: never answer it with a password or a code.",
     )
     return Letter("Help with a forgotten password", what, (_NOT_ASKED,))
+
+
+def _identity_check(event: Event) -> Letter:
+    until = _day(event.detail.get("documents_until"))
+    what = (
+        "The operator of this server looked at identity documents because somebody asked for access to your "
+        "account and could not use its password or a recovery option. Your password and your second factors "
+        "stay as they are; each change that follows is told in a mail of its own.",
+        f"Reason given: {_plain(event.detail.get('reason', ''))}",
+        f"The documents are not kept on this server, and are deleted within 72 hours: until {until}.",
+    )
+    return Letter("Identity documents were checked for your account", what, (_NOT_ASKED,))
 
 
 def _deletion(event: Event) -> Letter:
@@ -285,6 +298,7 @@ def _alert(event: Event) -> Letter:
 TEXTS: dict[str, Callable[[Event], Letter]] = {
     "account.connection-address": _connection_address,
     "account.deletion": _deletion,
+    "account.identity-check": _identity_check,
     "account.login-email": _login_email,
     "account.password": _password,
     "account.recovery": _recovery,

@@ -189,6 +189,7 @@ class Database:
                 max_overflow=4,
                 pool_timeout=settings.busy_timeout_s,
                 pool_recycle=1800,
+                hide_parameters=True,  # in errors, which are logged
                 connect_args={name: value for name, value in _PATIENCE.items() if name not in url.query},
             )
             self._writer = None
@@ -440,6 +441,7 @@ def _sqlite_engine(path: str, settings: configuration.Database) -> Engine:
     engine = sa.create_engine(
         f"sqlite:///{path}",
         poolclass=sa.pool.NullPool,  # every thread holds its own connection
+        hide_parameters=True,  # in errors, which are logged
         connect_args={
             "check_same_thread": False,
             "timeout": settings.busy_timeout_s,

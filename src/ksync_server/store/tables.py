@@ -494,6 +494,7 @@ mail_target = _table(
     _ref("import_id", "mail_import.id"),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("uid_validity", sa.BigInteger, nullable=False),
+    sa.Column("first_next", sa.BigInteger, nullable=False),  # UIDs below were there before the import
     sa.Column("settled_next", sa.BigInteger, nullable=False, default=1),
     sa.UniqueConstraint("import_id", "name"),
 )
@@ -504,14 +505,15 @@ mail_copy = _table(
     _ref("source_id", "mail_source.id"),
     sa.Column("uid", sa.BigInteger, nullable=False),
     _ref("target_id", "mail_target.id"),
-    sa.Column("target_uid", sa.BigInteger, nullable=False),  # 0 = refused
+    sa.Column("handle", sa.Text, nullable=False),  # its UID there, its file in a Maildir; "" = refused
+    sa.Column("how", sa.Text, nullable=False),  # copied, linked (another label's), there (before us), refused
     sa.Column("size", sa.BigInteger, nullable=False),  # bytes
     sa.Column("sha256", sa.LargeBinary, nullable=False),  # of the message's bytes; empty = refused
     sa.Column("received_at", Time, nullable=False),  # INTERNALDATE
     sa.Column("flags", sa.Text, nullable=False),  # as the source had them when they were last carried
     sa.Column("reason", sa.Text),  # why it was refused
     sa.PrimaryKeyConstraint("source_id", "uid", "target_id"),
-    sa.Index(None, "target_id", "target_uid"),
+    sa.Index(None, "target_id", "handle"),
 )
 
 # Bytes fetched from one account at one provider today, over all imports: its daily limit.

@@ -148,7 +148,7 @@ def _imports() -> None:
         _own_id(),
         sa.Column("import_id", _id, nullable=False),
         _text("name"),
-        *map(_number, ("uid_validity", "settled_next")),
+        *map(_number, ("uid_validity", "first_next", "settled_next")),
         _unique("mail_target", "import_id", "name"),
         import_id="mail_import",
     )
@@ -158,7 +158,9 @@ def _imports() -> None:
         sa.Column("source_id", _id, nullable=False),
         _number("uid"),
         sa.Column("target_id", _id, nullable=False),
-        *map(_number, ("target_uid", "size")),
+        _text("handle"),
+        _text("how"),
+        _number("size"),
         _bytes("sha256"),
         _number("received_at"),
         _text("flags"),
@@ -166,5 +168,5 @@ def _imports() -> None:
         source_id="mail_source",
         target_id="mail_target",
     )
-    _index("mail_copy", "target_id", "target_uid")
+    _index("mail_copy", "target_id", "handle")
     _create("mail_budget", ("key",), _text("key"), *map(_number, ("since", "bytes")))

@@ -1,0 +1,188 @@
+"""Starts Debian's Dovecot with a Maildir for every user name and one password for all, as source and destination."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import grp
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PASSWORD = "s3cret-pass"
+
+_CONFIG = """
+base_dir = {folder}/run
+state_dir = {folder}/state
+log_path = {folder}/log
+protocols = imap
+listen = 127.0.0.1
+ssl = {ssl}
+{certificate}
+disable_plaintext_auth = no
+auth_mechanisms = plain login
+mail_location = maildir:{folder}/mail/%u
+mail_fsync = {fsync}
+mail_max_userip_connections = 200
+default_internal_user = {user}
+default_login_user = {login_user}
+default_internal_group = {group}
+first_valid_uid = 0
+mail_plugins = quota
+namespace inbox {{
+  inbox = yes
+  separator = {separator}
+  prefix = {prefix}
+}}
+protocol imap {{
+  mail_plugins = quota imap_quota
+}}
+plugin {{
+  quota = {quota}
+}}
+passdb {{
+  driver = static
+  args = password={password}
+}}
+userdb {{
+  driver = static
+  args = uid={uid} gid={gid} home={folder}/mail/%u
+}}
+service imap-login {{
+  chroot =
+  process_min_avail = 1
+  service_count = 0
+  inet_listener imap {{
+    port = {port}
+  }}
+  inet_listener imaps {{
+    port = {tls_port}
+  }}
+}}
+service anvil {{
+  chroot =
+}}
+service imap {{
+  process_limit = 400
+  service_count = 1000
+  process_min_avail = {idle}
+}}
+service stats {{
+  chroot =
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Dovecot:
+    """A running server."""
+
+    folder: Path
+    port: int
+    tls_port: int
+    pid: int
+
+    def maildir(self, user: str) -> Path:
+        """The Maildir of a user."""
+        return self.folder / "mail" / user
+
+    def cpu_s(self) -> float:
+        """CPU that its processes have used so far, those that ended included."""
+        return tree_cpu_s(self.pid)
+
+
+def tree_cpu_s(pid: int) -> float:
+    """User and system CPU of a process, its living descendants, and those it has waited for."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    total, left = 0, [pid]
+    while left:
+        each = left.pop()
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            total += sum(int(field) for field in fields[11:15])
+            children = Path(f"/proc/{each}/task/{each}/children").read_text().split()
+            left += [int(child) for child in children]
+    return total / ticks
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    *,
+    separator: str = "/",
+    prefix: str = "",
+    quota: str = "",
+    fsync: str = "never",
+    certificate: tuple[Path, Path] | None = None,
+    idle: int = 0,
+) -> Iterator[Dovecot]:
+    """A Dovecot of its own in a folder; ended with all its processes.
+
+    Args:
+        quota: as its setting `quota`, such as `maildir:User quota` with a rule; "" = none.
+        certificate: (certificate, key) in PEM; None = no TLS.
+        idle: processes that wait for a log-in, so that none is started in a measurement.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("run", "state", "mail"):
+        (folder / part).mkdir(exist_ok=True)
+    port, tls_port = _free_port(), _free_port()
+    user = login_user = getpass.getuser()
+    uid, gid = os.getuid(), os.getgid()
+    if uid == 0:  # Dovecot lets root neither greet nor read mail
+        user, login_user = "dovecot", "dovenull"
+        mail = pwd.getpwnam("mail")
+        uid, gid = mail.pw_uid, mail.pw_gid
+        os.chown(folder / "mail", uid, gid)
+        folder.chmod(0o755)
+    values = {
+        "folder": folder,
+        "port": port,
+        "tls_port": tls_port if certificate else 0,
+        "ssl": "yes" if certificate else "no",
+        "certificate": f"ssl_cert = <{certificate[0]}\nssl_key = <{certificate[1]}" if certificate else "",
+        "separator": separator,
+        "prefix": prefix,
+        "quota": quota,
+        "fsync": fsync,
+        "user": user,
+        "login_user": login_user,
+        "group": grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name,
+        "uid": uid,
+        "gid": gid,
+        "password": PASSWORD,
+        "idle": idle,
+    }
+    config = folder / "dovecot.conf"
+    config.write_text(_CONFIG.format(**values))
+    process = subprocess.Popen(
+        ["/usr/sbin/dovecot", "-F", "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    try:
+        until = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as probe:
+                if probe.recv(100).startswith(b"* OK"):
+                    break
+            if process.poll() is not None or time.monotonic() > until:
+                log = folder / "log"
+                raise RuntimeError(
+                    f"dovecot does not start: {log.read_text()[-2000:] if log.exists() else ''}"
+                )
+            time.sleep(0.05)
+        yield Dovecot(folder, port, tls_port, process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)

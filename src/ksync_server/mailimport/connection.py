@@ -1,0 +1,751 @@
+"""One connection to an IMAP server: TLS, log-in, pipelined commands, bodies that are never held whole.
+
+Answers are matched to commands by tag; untagged data go to the oldest command that is not answered. Some
+servers (Dovecot) work on several FETCH commands at once, so those under way share one inlet and tell messages
+apart by UID (RFC 3501 §5.5). Reading pauses while nobody takes what came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+import zlib
+from base64 import b64encode
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ksync_server import outbound
+from ksync_server import settings as configuration
+from ksync_server.errors import BadRequest, Permanent, RemoteError, Temporary
+from ksync_server.networks import Networks, is_loopback
+from ksync_server.wire import imap
+from ksync_server.wire.imap import (
+    Continue,
+    Data,
+    Fetched,
+    Literal,
+    LiteralData,
+    LiteralStart,
+    Status,
+    Text,
+    Value,
+)
+
+SECURITIES = ("tls", "starttls", "none")
+MECHANISMS = ("password", "xoauth2")
+
+_HELD = 512 << 10  # bytes of bodies that wait in a connection to be taken
+_READ = 64 << 10  # asked of zlib at once
+_SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
+_BODY = re.compile(rb"(?:^|[ (])BODY\[[^\]]*\](?:<\d+>)?[ ]\Z", re.I)
+_UID = re.compile(rb"[( ]UID (\d{1,10})[ )]", re.I)
+_WATCH_S = 1.0
+_FAR_S = 0.01  # seconds to connect from which on compression pays
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a mailbox is and how to get in; the secret is not part of it."""
+
+    host: str
+    port: int
+    user: str
+    security: str = "tls"  # one of SECURITIES
+    mechanism: str = "password"  # one of MECHANISMS
+    ca_file: str = ""  # certificates (PEM) to trust instead of the system's
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a command came to: the tagged answer and the untagged data before it."""
+
+    status: Status
+    data: list[Data]
+
+    def named(self, name: str) -> list[Data]:
+        """Untagged data of one kind."""
+        return [each for each in self.data if each.name == name]
+
+
+class Refused(RemoteError):
+    """NO or BAD; the connection goes on."""
+
+    def __init__(self, command: str, status: Status) -> None:
+        super().__init__(f"{command}: {status.word} {said(status)}")
+        self.status = status
+
+
+def said(status: Status) -> str:
+    """A server's words on one line, cut to what a report may hold."""
+    code = f"[{status.code}] " if status.code else ""
+    return code + "".join(mark if mark.isprintable() else " " for mark in status.text)[:200]
+
+
+_LATER = frozenset(
+    {"UNAVAILABLE", "INUSE", "LIMIT", "SERVERBUG", "THROTTLED", "OVERQUOTA", "EXPIRED-CONNECTION"}
+)
+_NEVER = frozenset(
+    {"AUTHENTICATIONFAILED", "AUTHORIZATIONFAILED", "EXPIRED", "PRIVACYREQUIRED", "CONTACTADMIN", "WEBALERT"}
+)
+_LATER_WORDS = re.compile(
+    r"too many|try again|temporar|unavailable|overload|throttl|bandwidth|exceeded|later|timed? ?out", re.I
+)
+
+
+def is_temporary(status: Status) -> bool:
+    """Whether the same command may succeed later.
+
+    Spec: RFC 5530 §3; words where a server gives no code.
+    """
+    if status.code in _NEVER:
+        return False
+    return status.word == "BYE" or status.code in _LATER or bool(_LATER_WORDS.search(status.text))
+
+
+# -- what comes in ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Start:
+    """A body begins."""
+
+    size: int
+    uid: int | None = None  # where the server said it before
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of the body that began."""
+
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A command is answered."""
+
+    tag: str
+    status: Status
+
+
+class Inlet:
+    """What commands receive, in order: Start, Piece ..., Data; and Ended for each of them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._waiting: deque[Start | Piece | Data | Fetched | Ended] = deque()
+        self._taker: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+        self.held = 0
+
+    def put(self, each: Start | Piece | Data | Fetched | Ended) -> None:
+        """Called by the connection."""
+        self._waiting.append(each)
+        if isinstance(each, Piece):
+            self.held += len(each.data)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """The connection is gone; what came before is taken first."""
+        self._error = error
+        self._wake()
+
+    async def take(self) -> Start | Piece | Data | Fetched | Ended:
+        """The next thing.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        while not self._waiting:  # no task switch where something waits
+            if self._error is not None:
+                raise self._error
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        each = self._waiting.popleft()
+        if isinstance(each, Piece):
+            self.held -= len(each.data)
+            self._connection.balance()
+        return each
+
+    def _wake(self) -> None:
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The answer to one command, while it comes."""
+
+    name: str
+    inlet: Inlet
+
+    async def __aiter__(self) -> AsyncIterator[Start | Piece | Data | Fetched]:
+        """What the server gives.
+
+        Raises:
+            Refused: NO or BAD, at its end.
+            RemoteError: the connection is gone.
+        """
+        while not isinstance(each := await self.inlet.take(), Ended):
+            yield each
+        if each.status.word != "OK":
+            raise Refused(self.name, each.status)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A command that is sent and not answered."""
+
+    tag: str
+    name: str
+    answered: asyncio.Future[Status]
+    data: list[Data] = field(default_factory=list)
+    inlet: Inlet | None = None
+
+
+class Connection(asyncio.Protocol):
+    """A connection; made by `connect`, ended by `close`."""
+
+    def __init__(self, server: Server, settings: configuration.MailImport) -> None:
+        self.server = server
+        self.capabilities: frozenset[str] = frozenset()
+        self.utf8 = False  # mailbox names are UTF-8 (RFC 6855)
+        self.received = 0  # bytes, before decompression
+        self.commands = 0
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._framer = imap.Framer(line_bytes=settings.line_bytes)
+        self._pieces: list[bytes | Literal] = []
+        self._literal: bytearray | None = None  # a small one that is being read
+        self._left = 0  # of the literal that is being read
+        self._streaming: Inlet | None = None
+        self._pending: deque[Pending] = deque()
+        self._greeting: asyncio.Future[Status] = self._loop.create_future()
+        self._continued: asyncio.Future[str] | None = None
+        self._error: RemoteError | None = None
+        self._paused = False
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._inflate: zlib._Decompress | None = None
+        self._deflate: zlib._Compress | None = None
+        self._heard = self._loop.time()
+        self._since = self._heard  # what is received from here on is counted, for the rate
+        self._heard_bytes = 0
+        self._watch: asyncio.TimerHandle | None = None
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=256 << 10)
+        if self._watch is None:
+            self._watch = self._loop.call_later(_WATCH_S, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        self.received += len(data)
+        self._heard = self._loop.time()
+        try:
+            if self._inflate is None:
+                self._read(data)
+                return
+            while data:
+                self._read(self._inflate.decompress(data, _READ))
+                data = self._inflate.unconsumed_tail
+        except (BadRequest, zlib.error) as error:
+            self._fail(Temporary(f"{self.server.host} speaks no IMAP: {error}"))
+
+    def eof_received(self) -> None:
+        """Called by the loop."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop."""
+        reason = f": {exc}" if exc else ""
+        self._fail(Temporary(f"{self.server.host} ended the connection{reason}"))
+
+    def pause_writing(self) -> None:
+        """Called by the loop."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Called by the loop."""
+        self._writable.set()
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def _read(self, data: bytes) -> None:
+        for event in self._framer.feed(data):
+            if isinstance(event, Text):
+                self._pieces.append(event.data)
+                if event.ends:
+                    pieces, self._pieces = self._pieces, []
+                    self._answer(imap.response(pieces))
+            elif isinstance(event, LiteralData):
+                self._literal_data(event.data)
+            else:
+                self._literal_start(event)
+        self.balance()
+
+    def _literal_start(self, event: LiteralStart) -> None:
+        size, head = event.size, self._pieces[-1]
+        oldest = self._pending[0] if self._pending else None
+        self._left = size
+        if oldest is not None and oldest.inlet is not None and _BODY.search(bytes(head)):  # type: ignore[arg-type]
+            self._streaming = oldest.inlet
+            uid = _UID.search(bytes(head))  # type: ignore[arg-type]
+            self._streaming.put(Start(size, int(uid[1]) if uid else None))
+        elif size > self._settings.line_bytes:
+            raise BadRequest(f"a literal of {size} bytes that nobody asked for")
+        else:
+            self._literal = bytearray()
+        if size == 0:
+            self._literal_end()
+
+    def _literal_data(self, data: memoryview) -> None:
+        if self._streaming is not None:
+            self._streaming.put(Piece(data))
+        else:
+            assert self._literal is not None
+            self._literal += data
+        self._left -= len(data)
+        if self._left == 0:
+            self._literal_end()
+
+    def _literal_end(self) -> None:
+        self._pieces.append(Literal(None if self._literal is None else bytes(self._literal)))
+        self._literal = self._streaming = None
+
+    def _answer(self, response: imap.Response) -> None:
+        if isinstance(response, Continue):
+            if self._continued is not None and not self._continued.done():
+                self._continued.set_result(response.text)
+        elif isinstance(response, Data | Fetched):
+            if isinstance(response, Data) and response.name == "CAPABILITY":
+                self.capabilities = _capabilities(response.values)
+            oldest = self._pending[0] if self._pending else None
+            if oldest is None:
+                return  # unasked for
+            if oldest.inlet is not None:
+                oldest.inlet.put(response)
+            elif isinstance(response, Data):
+                oldest.data.append(response)
+        elif response.tag:
+            self._tagged(response)
+        else:
+            self._untagged(response)
+
+    def _tagged(self, status: Status) -> None:
+        for pending in self._pending:
+            if pending.tag == status.tag:
+                break
+        else:
+            raise BadRequest(f"an answer to {status.tag}, which was not asked")
+        self._pending.remove(pending)
+        if status.code == "CAPABILITY":
+            self.capabilities = _capabilities(status.arguments)
+        if not pending.answered.done():
+            pending.answered.set_result(status)
+        if pending.inlet is not None:
+            pending.inlet.put(Ended(pending.tag, status))
+        if self._continued is not None and not self._continued.done():
+            self._continued.set_result("")  # refused before its literal: the waiter looks at the answer
+
+    def _untagged(self, status: Status) -> None:
+        if status.code == "CAPABILITY":
+            self.capabilities = _capabilities(status.arguments)
+        if not self._greeting.done():
+            self._greeting.set_result(status)
+        elif status.word == "BYE":
+            self._fail(Temporary(f"{self.server.host} ends the connection: {said(status)}"))
+        elif status.code and self._pending:
+            self._pending[0].data.append(Data(f"[{status.code}]", None, list(status.arguments)))
+
+    def balance(self) -> None:
+        """Read on while what came is being taken."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        full = any(each.inlet is not None and each.inlet.held > _HELD for each in self._pending)
+        if full and not self._paused:
+            self._transport.pause_reading()
+        elif self._paused and not full:
+            self._heard = self._loop.time()
+            self._heard_bytes = self.received
+            self._transport.resume_reading()
+        self._paused = full
+
+    def _look(self) -> None:
+        """Notice a server that says nothing, or next to nothing."""
+        self._watch = self._loop.call_later(_WATCH_S, self._look)
+        if not self._pending or self._paused:
+            self._heard = self._loop.time()
+            self._since, self._heard_bytes = self._heard, self.received
+            return
+        now = self._loop.time()
+        patience = self._settings.timeout_s
+        if now - self._heard > patience:
+            self._fail(Temporary(f"{self.server.host} has said nothing for {patience:.0f} s"))
+        elif now - self._since > patience:
+            few = self.received - self._heard_bytes < self._settings.slowest_bytes_s * patience
+            if few and self._pending[0].inlet is not None:
+                self._fail(Temporary(f"{self.server.host} sends next to nothing: it throttles"))
+            self._since, self._heard_bytes = now, self.received
+
+    def _fail(self, error: RemoteError) -> None:
+        if self._error is None:
+            self._error = error
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        self._writable.set()
+        if not self._greeting.done():
+            self._greeting.set_exception(self._error)
+            self._greeting.exception()
+        if self._continued is not None and not self._continued.done():
+            self._continued.set_exception(self._error)
+            self._continued.exception()
+        while self._pending:
+            pending = self._pending.popleft()
+            if not pending.answered.done():
+                pending.answered.set_exception(self._error)
+                pending.answered.exception()  # whoever waits gets it; nobody may
+            if pending.inlet is not None:
+                pending.inlet.fail(self._error)
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether commands can be sent."""
+        return self._error is None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send bytes.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        if self._error is not None:
+            raise self._error
+        assert self._transport is not None
+        if self._deflate is not None:
+            data = self._deflate.compress(data)
+        if data:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Let the server have what a compressor still holds."""
+        if self._deflate is not None:
+            rest = self._deflate.flush(zlib.Z_SYNC_FLUSH)
+            if rest and self._error is None and self._transport is not None:
+                self._transport.write(rest)
+
+    async def drained(self) -> None:
+        """Wait until the socket takes more.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        if not self._writable.is_set():
+            await self._writable.wait()
+        if self._error is not None:
+            raise self._error
+
+    def begin(self, name: str, inlet: Inlet | None = None) -> Pending:
+        """Start a command line: its tag and name are written."""
+        self.commands += 1
+        pending = Pending(f"k{self.commands}", name, self._loop.create_future(), inlet=inlet)
+        self.write(f"{pending.tag} {name}".encode("ascii"))
+        if not self._pending:
+            self._heard = self._since = self._loop.time()
+            self._heard_bytes = self.received
+        self._pending.append(pending)
+        return pending
+
+    async def literal(self, size: int, pending: Pending, *, binary: bool = False) -> bool:
+        """Announce a literal; True when its bytes may be sent, False where the command was refused instead.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        mark = "~" if binary else ""
+        if "LITERAL+" in self.capabilities or ("LITERAL-" in self.capabilities and size <= _SMALL_LITERAL):
+            self.write(f" {mark}{{{size}+}}\r\n".encode("ascii"))
+            return True
+        self._continued = self._loop.create_future()
+        self.write(f" {mark}{{{size}}}\r\n".encode("ascii"))
+        self.flush()
+        await self._continued
+        self._continued = None
+        return not pending.answered.done()
+
+    async def send(self, name: str, *arguments: bytes | str, inlet: Inlet | None = None) -> Pending:
+        """Send a command without waiting for its answer.
+
+        Args:
+            arguments: str as it is; bytes as a string, quoted or as a literal.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        pending = self.begin(name, inlet)
+        for each in arguments:
+            if isinstance(each, str):
+                self.write(b" " + each.encode("utf-8", "surrogateescape"))
+            elif (text := imap.quoted(each, utf8=self.utf8)) is not None and len(each) < 1000:
+                self.write(b" " + text)
+            elif await self.literal(len(each), pending):
+                self.write(each)
+            else:
+                return pending
+        self.write(b"\r\n")
+        self.flush()
+        return pending
+
+    async def answer(self, pending: Pending) -> Reply:
+        """Wait for a command's end.
+
+        Raises:
+            Refused: NO or BAD.
+            RemoteError: the connection is gone.
+        """
+        status = await pending.answered
+        if status.word != "OK":
+            raise Refused(pending.name.partition(" ")[0], status)
+        return Reply(status, pending.data)
+
+    async def ask(self, name: str, *arguments: bytes | str) -> Reply:
+        """Send a command and wait for its end.
+
+        Raises:
+            Refused: NO or BAD.
+            RemoteError: the connection is gone.
+        """
+        return await self.answer(await self.send(name, *arguments))
+
+    async def stream(self, name: str, *arguments: bytes | str) -> Stream:
+        """Send a command whose answer is taken while it comes, bodies in pieces.
+
+        Raises:
+            RemoteError: the connection is gone.
+        """
+        inlet = Inlet(self)
+        await self.send(name, *arguments, inlet=inlet)
+        return Stream(name, inlet)
+
+    # -- mailbox names ------------------------------------------------------------------------------
+
+    def encoded(self, name: str) -> bytes:
+        """A mailbox name as this server has it."""
+        return imap.encode_name(name, utf8=self.utf8)
+
+    def decoded(self, value: Value) -> str:
+        """A mailbox name as people have it."""
+        return imap.decode_name(imap.string(value), utf8=self.utf8)
+
+    # -- beginning and end --------------------------------------------------------------------------
+
+    async def greet(self) -> None:
+        """Read the greeting, and encrypt where that is asked for.
+
+        Raises:
+            Permanent: no TLS where it must be, or a certificate that cannot be trusted.
+            Temporary: the server does not want us now.
+        """
+        status = await self._greeting
+        if status.word == "BYE":
+            raise Temporary(f"{self.server.host} does not let us in: {said(status)}")
+        if self.server.security != "starttls":
+            return
+        if not self.capabilities:
+            await self.ask("CAPABILITY")
+        if "STARTTLS" not in self.capabilities:
+            raise Permanent(f"{self.server.host} offers no STARTTLS.")
+        await self.ask("STARTTLS")
+        if not self._framer.is_between_lines:
+            raise Permanent(f"{self.server.host} says something before TLS: somebody is in between.")
+        # What an eavesdropper could have said counts for nothing (RFC 3501 §6.2.1).
+        self.capabilities = frozenset()
+        assert self._transport is not None
+        transport = self._transport
+        upgraded = await self._loop.start_tls(
+            transport, self, _context(self.server), server_hostname=self.server.host
+        )
+        assert upgraded is not None
+        self.connection_made(upgraded)
+
+    async def log_in(self, secret: str, *, utf8: bool, compress: bool) -> None:
+        """Log in and turn on what helps.
+
+        Args:
+            secret: password, or access token.
+            utf8: ask for UTF8=ACCEPT.
+            compress: ask for COMPRESS=DEFLATE.
+
+        Raises:
+            Permanent: the server knows the name and the secret and does not take them.
+            Temporary: it takes nobody now.
+        """
+        if not self.capabilities:
+            await self.ask("CAPABILITY")
+        try:
+            await self._authenticate(secret)
+        except Refused as error:
+            text = f"{self.server.host} refuses the log-in of {self.server.user}: {said(error.status)}"
+            raise (Temporary if is_temporary(error.status) else Permanent)(text) from None
+        await self.ask("CAPABILITY")
+        if "ID" in self.capabilities:
+            with contextlib.suppress(Refused):
+                await self.ask("ID", '("name" "ksync-server")')
+        if utf8 and {"ENABLE", "UTF8=ACCEPT"} <= self.capabilities:
+            with contextlib.suppress(Refused):
+                reply = await self.ask("ENABLE", "UTF8=ACCEPT")
+                self.utf8 = any(
+                    "UTF8=ACCEPT" in _capabilities(each.values) for each in reply.named("ENABLED")
+                )
+        if compress and "COMPRESS=DEFLATE" in self.capabilities:
+            with contextlib.suppress(Refused):
+                await self.ask("COMPRESS", "DEFLATE")
+                self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+                self._deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+
+    async def _authenticate(self, secret: str) -> None:
+        user = self.server.user
+        if self.server.mechanism == "xoauth2":
+            await self._sasl("XOAUTH2", f"user={user}\x01auth=Bearer {secret}\x01\x01".encode())
+        elif "AUTH=PLAIN" in self.capabilities and "SASL-IR" in self.capabilities:
+            await self._sasl("PLAIN", f"\0{user}\0{secret}".encode())
+        elif "LOGINDISABLED" not in self.capabilities:
+            await self.ask("LOGIN", user.encode(), secret.encode())
+        elif "AUTH=PLAIN" in self.capabilities:
+            await self._sasl("PLAIN", f"\0{user}\0{secret}".encode())
+        else:
+            raise Permanent(f"{self.server.host} offers no way to log in that we know.")
+
+    async def _sasl(self, mechanism: str, initial: bytes) -> None:
+        """AUTHENTICATE with one answer of the client.
+
+        Spec: RFC 3501 §6.2.2, RFC 4959, RFC 4616; an error of XOAUTH2 comes as a challenge, answered empty.
+        """
+        encoded = b64encode(initial).decode("ascii")
+        pending = self.begin(f"AUTHENTICATE {mechanism}")
+        if "SASL-IR" in self.capabilities:
+            self.write(f" {encoded}".encode("ascii"))
+            answers = [b""]
+        else:
+            answers = [encoded.encode("ascii"), b""]
+        self._continued = self._loop.create_future()
+        self.write(b"\r\n")
+        for answer in answers:
+            either: set[asyncio.Future[Any]] = {self._continued, pending.answered}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if pending.answered.done():
+                break
+            self._continued = self._loop.create_future()
+            self.write(answer + b"\r\n")
+        self._continued = None
+        status = await pending.answered
+        if status.word != "OK":
+            raise Refused("AUTHENTICATE", status)
+
+    async def close(self) -> None:
+        """Say good-bye where that is possible, and end."""
+        if self._error is None:
+            with contextlib.suppress(RemoteError, TimeoutError):
+                async with asyncio.timeout(2):
+                    await self.ask("LOGOUT")
+        self.abort()
+        await asyncio.sleep(0)
+
+    def abort(self) -> None:
+        """End at once."""
+        self._fail(Temporary("the connection is closed"))
+
+
+def _capabilities(found: Iterable[Value]) -> frozenset[str]:
+    return frozenset(
+        imap.string(each).decode("ascii", "replace").upper() for each in found if not isinstance(each, list)
+    )
+
+
+def _context(server: Server) -> ssl.SSLContext:
+    """Certificates are always checked, the host's name included.
+
+    Raises:
+        Permanent: the file of trusted certificates cannot be used.
+    """
+    try:
+        return ssl.create_default_context(cafile=server.ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise Permanent(f"{server.ca_file}: {error}") from None
+
+
+async def connect(
+    server: Server,
+    secret: str,
+    settings: configuration.MailImport,
+    private_networks: Networks,
+    *,
+    utf8: bool = False,
+) -> Connection:
+    """A connection that is encrypted as asked, and logged in.
+
+    Args:
+        utf8: take messages with UTF-8 in their headers as they are (RFC 6855): other clients may be given a
+            copy that was made plain. To give messages a server needs no such thing.
+
+    Raises:
+        Permanent: no such host, one that may not be reached, no TLS, a certificate that cannot be trusted, or
+            a log-in that is refused.
+        Temporary: the server does not answer, or does not want us now.
+    """
+    if server.security == "none" and not settings.plain:
+        raise Permanent("A server may be asked without TLS only where mail_import.plain is set.")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    last: RemoteError | None = None
+    for address in await outbound.addresses(server.host, server.port, private_networks):
+        made = Connection(server, settings)
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                direct = _context(server) if server.security == "tls" else None
+                name = server.host if direct else None
+                await loop.create_connection(
+                    lambda made=made: made,
+                    address,
+                    server.port,
+                    ssl=direct,
+                    server_hostname=name,
+                )
+                answered_s = loop.time() - began
+                await made.greet()
+        except ssl.SSLCertVerificationError as error:
+            made.abort()
+            raise Permanent(f"{server.host} cannot be trusted: {error.verify_message}") from None
+        except TimeoutError:
+            made.abort()
+            last = Temporary(f"{server.host} does not answer within {settings.connect_timeout_s:.0f} s")
+            continue
+        except (OSError, ssl.SSLError) as error:
+            made.abort()
+            last = Temporary(f"{server.host}: {error.strerror or error}")
+            continue
+        except BaseException:
+            made.abort()
+            raise
+        try:
+            # On this machine compression costs more than it saves.
+            far = answered_s > _FAR_S and not is_loopback(address)
+            await made.log_in(secret, utf8=utf8, compress=far)
+        except BaseException:
+            made.abort()
+            raise
+        return made
+    assert last is not None
+    raise last

@@ -1,0 +1,367 @@
+"""A destination behind IMAP: any server, ours included.
+
+One connection. Messages go in batches where the server has MULTIAPPEND, else one after the other without
+waiting; UIDs come from UIDPLUS, or are asked for where a server has it not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+from ksync_server.errors import BadRequest, Temporary
+from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said
+from ksync_server.mailimport.sinks import (
+    Full,
+    Held,
+    Parcel,
+    Place,
+    Placed,
+    Room,
+    Seen,
+    Stranger,
+    Unwanted,
+    canonical,
+)
+from ksync_server.wire import imap
+from ksync_server.wire.imap import Fetched
+
+_FULL = frozenset({"OVERQUOTA"})
+_FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
+_PIECE = 64 << 10  # read from a file and sent at once
+_AT_ONCE = 500  # messages of one COPY
+_LOOK = "(UID FLAGS INTERNALDATE RFC822.SIZE)"
+_LIST = 'LIST "" "*"'
+
+
+class ImapSink:
+    """See `sinks.Sink`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._selected = ""
+        self._permitted: frozenset[str] | None = None  # keywords of the selected folder; None = any
+        self.separator = "/"
+        self.prefix = ""
+        self.longest: int | None = None
+        for each in connection.capabilities:
+            name, _, value = each.partition("=")
+            if name == "APPENDLIMIT" and imap.is_number(value):
+                self.longest = int(value)
+
+    @property
+    def commands(self) -> int:
+        """See `Sink`."""
+        return self._connection.commands
+
+    async def begin(self) -> None:
+        """Learn how names are made.
+
+        Raises:
+            RemoteError: the server failed.
+        """
+        connection = self._connection
+        if "NAMESPACE" in connection.capabilities:
+            with contextlib.suppress(Refused):
+                for found in (await connection.ask("NAMESPACE")).named("NAMESPACE"):
+                    personal = found.values[0] if found.values else None
+                    if isinstance(personal, list) and personal and isinstance(personal[0], list):
+                        self.prefix = connection.decoded(personal[0][0])
+                        self.separator = connection.decoded(personal[0][1]) if personal[0][1] else ""
+                        return
+        for found in (await connection.ask("LIST", '""', '""')).named("LIST"):
+            if len(found.values) > 1:
+                self.separator = connection.decoded(found.values[1]) if found.values[1] is not None else ""
+
+    async def places(self) -> list[Place]:
+        """See `Sink`."""
+        connection = self._connection
+        extended = {"LIST-EXTENDED", "SPECIAL-USE"} <= connection.capabilities
+        reply = await connection.ask(_LIST + (" RETURN (SPECIAL-USE)" if extended else ""))
+        found = []
+        for each in reply.named("LIST"):
+            if len(each.values) < 3 or not isinstance(each.values[0], list):
+                continue
+            attributes = frozenset(str(one).lower() for one in each.values[0] if isinstance(one, str))
+            if not attributes & {"\\noselect", "\\nonexistent"}:
+                found.append(Place(connection.decoded(each.values[2]), attributes))
+        return found
+
+    async def room(self) -> Room | None:
+        """See `Sink`.
+
+        Spec: RFC 9208 §4.1.2, resource STORAGE in units of 1024 bytes.
+        """
+        if "QUOTA" not in self._connection.capabilities:
+            return None
+        with contextlib.suppress(Refused):
+            for found in (await self._connection.ask("GETQUOTAROOT", b"INBOX")).named("QUOTA"):
+                resources = found.values[1] if len(found.values) > 1 else None
+                if isinstance(resources, list):
+                    for at in range(0, len(resources) - 2, 3):
+                        if str(resources[at]).upper() == "STORAGE":
+                            return Room(
+                                imap.number(resources[at + 1]) * 1024, imap.number(resources[at + 2]) * 1024
+                            )
+        return None
+
+    async def ensure(self, name: str) -> Held:
+        """See `Sink`."""
+        encoded = self._connection.encoded(name)
+        try:
+            return await self._status(encoded)
+        except Refused as error:
+            if is_temporary(error.status):
+                raise Temporary(f"the destination: {error}") from None
+        try:
+            await self._connection.ask("CREATE", encoded)
+        except Refused as error:
+            if error.status.code != "ALREADYEXISTS":
+                raise
+        with contextlib.suppress(Refused):
+            await self._connection.ask("SUBSCRIBE", encoded)
+        return await self._status(encoded)
+
+    async def _status(self, encoded: bytes) -> Held:
+        reply = await self._connection.ask("STATUS", encoded, "(UIDVALIDITY UIDNEXT MESSAGES)")
+        for found in reply.named("STATUS"):
+            named = imap.pairs(found.values[-1])
+            return Held(*(imap.number(named.get(name)) for name in ("UIDVALIDITY", "UIDNEXT", "MESSAGES")))
+        raise Temporary("the destination does not say how a folder is")
+
+    async def _select(self, name: str) -> None:
+        if self._selected == name:
+            return
+        self._selected = ""
+        reply = await self._connection.ask("SELECT", self._connection.encoded(name))
+        self._permitted = None
+        for found in reply.named("[PERMANENTFLAGS]"):
+            if found.values and isinstance(found.values[0], list):
+                flags = {str(each) for each in found.values[0]}
+                self._permitted = None if "\\*" in flags else frozenset(each.lower() for each in flags)
+        self._selected = name
+
+    # -- what is there ----------------------------------------------------------------------------
+
+    async def strangers(self, name: str, since: int) -> list[Stranger]:
+        """See `Sink`."""
+        await self._select(name)
+        return [
+            Stranger(handle, seen.size, seen.received)
+            async for handle, seen in self._seen(f"{since}:*")
+            if int(handle) >= since  # `n:*` is never empty: it gives the last message (RFC 3501 §9)
+        ]
+
+    async def look(self, name: str, handles: Iterable[str]) -> AsyncIterator[tuple[str, Seen]]:
+        """See `Sink`."""
+        await self._select(name)
+        for uids in imap.sequence_set(map(int, handles)):
+            async for found in self._seen(uids):
+                yield found
+
+    async def _seen(self, uids: str) -> AsyncIterator[tuple[str, Seen]]:
+        async for each in await self._connection.stream("UID FETCH", uids, _LOOK):
+            if isinstance(each, Fetched):
+                found = each.found
+                if {"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"} <= found.keys():
+                    date = imap.internal_date(found["INTERNALDATE"])
+                    size = imap.number(found["RFC822.SIZE"])
+                    yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
+
+    async def digests(
+        self, name: str, handles: Iterable[str], *, as_stored: bool = False
+    ) -> Mapping[str, bytes]:
+        """See `Sink`."""
+        await self._select(name)
+        digests: dict[str, bytes] = {}
+        for uids in imap.sequence_set(map(int, handles)):
+            hashed = hashlib.sha256()
+            async for each in await self._connection.stream("UID FETCH", uids, "(UID BODY.PEEK[])"):
+                if isinstance(each, Start):
+                    hashed = hashlib.sha256()
+                elif isinstance(each, Piece):
+                    hashed.update(canonical(each.data) if as_stored else each.data)
+                elif isinstance(each, Fetched) and "BODY[]" in each.found:
+                    digests[str(imap.number(each.found.get("UID")))] = hashed.digest()
+        return digests
+
+    # -- what is added ----------------------------------------------------------------------------
+
+    async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
+        """See `Sink`."""
+        if len(parcels) == 1:
+            return [await self._put_one(name, parcels[0])]
+        if "MULTIAPPEND" not in self._connection.capabilities:
+            return [await self._put_one(name, parcel) for parcel in parcels]
+        try:
+            return [Placed(uid) for uid in await self._append(name, parcels)]
+        except Refused as error:
+            self._raise_where_temporary(error)
+        # Nothing of a refused batch is there (RFC 3502 §3): halves of it find the message that is not wanted.
+        half = len(parcels) // 2
+        return [*await self.put(name, parcels[:half]), *await self.put(name, parcels[half:])]
+
+    async def _put_one(self, name: str, parcel: Parcel) -> Placed | Unwanted:
+        try:
+            return Placed((await self._append(name, [parcel]))[0])
+        except Refused as error:
+            self._raise_where_temporary(error)
+            refusal = error
+        system = tuple(flag for flag in parcel.message.flags if flag.startswith("\\"))
+        lost = tuple(flag for flag in parcel.message.flags if not flag.startswith("\\"))
+        if lost and refusal.status.code not in ("TOOBIG", "LIMIT"):
+            try:
+                return Placed((await self._append(name, [parcel], flags=system))[0], lost)
+            except Refused as error:
+                self._raise_where_temporary(error)
+        return Unwanted(said(refusal.status))
+
+    def _raise_where_temporary(self, error: Refused) -> None:
+        """What is no matter of the message.
+
+        Raises:
+            Full: there is no room.
+            Temporary: another reason to come back later, or the folder is gone.
+        """
+        status = error.status
+        text = status.text.lower()
+        if status.code in _FULL or any(words in text for words in _FULL_WORDS):
+            raise Full(f"the destination is full: {said(status)}") from None
+        if is_temporary(status) or status.code == "TRYCREATE":
+            raise Temporary(f"the destination: {said(status)}") from None
+
+    async def _append(
+        self, name: str, parcels: Sequence[Parcel], *, flags: tuple[str, ...] | None = None
+    ) -> list[str]:
+        """One APPEND; the UIDs it gave.
+
+        Raises:
+            Refused: nothing of it is there.
+        """
+        connection = self._connection
+        before = None
+        if "UIDPLUS" not in connection.capabilities:
+            before = await self._status(connection.encoded(name))
+        pending = connection.begin("APPEND")
+        encoded = imap.quoted(connection.encoded(name))
+        if encoded is None:
+            raise BadRequest(f"{name!r} cannot name a folder")
+        connection.write(b" " + encoded)
+        for parcel in parcels:
+            message = parcel.message
+            wanted = message.flags if flags is None else flags
+            kept = " ".join(flag for flag in wanted if imap.is_flag(flag))
+            date = imap.write_date(message.received).decode("ascii")
+            connection.write(f" ({kept}) {date}".encode("ascii"))
+            if not await connection.literal(parcel.size, pending):
+                break
+            await self._write(parcel)
+        else:
+            connection.write(b"\r\n")
+        connection.flush()
+        reply = await connection.answer(pending)
+        if reply.status.code == "APPENDUID" and len(reply.status.arguments) == 2:
+            uids = imap.numbers(str(reply.status.arguments[1]))
+            if len(uids) == len(parcels):
+                return [str(uid) for uid in uids]
+        if before is None:
+            raise Temporary("the destination does not say which UIDs it gave")
+        return await self._found(name, before, parcels)
+
+    async def _write(self, parcel: Parcel) -> None:
+        connection = self._connection
+        for piece in parcel.pieces:
+            connection.write(piece)
+            await connection.drained()
+        if parcel.file is not None:
+            with parcel.file.open("rb") as file:
+                while data := await asyncio.to_thread(file.read, _PIECE):
+                    connection.write(data)
+                    await connection.drained()
+
+    async def _found(self, name: str, before: Held, parcels: Sequence[Parcel]) -> list[str]:
+        """UIDs of what was just added, at a server that does not say them: matched by size, in order.
+
+        Raises:
+            Temporary: they cannot be told; `strangers` will settle it by SHA-256.
+        """
+        if self._selected == name:
+            await self._connection.ask("NOOP")
+        found = await self.strangers(name, before.uid_next)
+        if [each.size for each in found] != [parcel.size for parcel in parcels]:
+            raise Temporary("the destination does not say which UIDs it gave")
+        return [each.handle for each in found]
+
+    async def link(self, name: str, handles: Sequence[str], to: str) -> Mapping[str, str]:
+        """See `Sink`."""
+        connection = self._connection
+        await self._select(name)
+        made: dict[str, str] = {}
+        ordered = sorted(map(int, handles))
+        for at in range(0, len(ordered), _AT_ONCE):
+            some = ordered[at : at + _AT_ONCE]
+            before = (
+                None if "UIDPLUS" in connection.capabilities else await self._status(connection.encoded(to))
+            )
+            for uids in imap.sequence_set(some):
+                try:
+                    reply = await connection.ask("UID COPY", uids, connection.encoded(to))
+                except Refused as error:
+                    self._raise_where_temporary(error)
+                    raise
+                made |= _copied(reply.status)
+                for found in reply.named("[COPYUID]"):
+                    made |= _pairs(found.values)
+            if before is not None:
+                found_there = await self.strangers(to, before.uid_next)
+                await self._select(name)
+                if len(found_there) == len(some):
+                    made |= {str(uid): each.handle for uid, each in zip(some, found_there, strict=True)}
+        return made
+
+    async def flag(self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]) -> None:
+        """See `Sink`."""
+        await self._select(name)
+        groups: dict[tuple[str, frozenset[str]], list[int]] = {}
+        for handle, added, removed in changes:
+            for sign, flags in (("+", added), ("-", removed)):
+                kept = frozenset(flag for flag in flags if imap.is_flag(flag) and self._keeps(flag))
+                if kept:
+                    groups.setdefault((sign, kept), []).append(int(handle))
+        for (sign, flags), uids in groups.items():
+            for some in imap.sequence_set(uids):
+                try:
+                    await self._connection.ask(
+                        "UID STORE", some, f"{sign}FLAGS.SILENT ({' '.join(sorted(flags))})"
+                    )
+                except Refused as error:
+                    self._raise_where_temporary(error)
+                    raise
+
+    def _keeps(self, flag: str) -> bool:
+        return self._permitted is None or flag.lower() in self._permitted
+
+    async def close(self) -> None:
+        """See `Sink`."""
+        await self._connection.close()
+
+    def abort(self) -> None:
+        """See `Sink`."""
+        self._connection.abort()
+
+
+def _copied(status: imap.Status) -> dict[str, str]:
+    return _pairs(status.arguments) if status.code == "COPYUID" else {}
+
+
+def _pairs(arguments: Sequence[imap.Value]) -> dict[str, str]:
+    """UIDs of a COPYUID, old -> new.
+
+    Spec: RFC 4315 §3.
+    """
+    if len(arguments) != 3:
+        return {}
+    old, new = imap.numbers(str(arguments[1])), imap.numbers(str(arguments[2]))
+    return {str(one): str(other) for one, other in zip(old, new, strict=False)}

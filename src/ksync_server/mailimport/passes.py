@@ -1,0 +1,354 @@
+"""The job of an import: connects both sides, runs a pass, and decides what its end means.
+
+    queue(tx, ...) -> job -> Passes.run -> done | incomplete | failed | cancelled, or again after a pause
+
+The secrets are the job's: sealed in its rows, opened in the worker alone, gone in the transaction that ends
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+
+from ksync_server import jobs
+from ksync_server import settings as configuration
+from ksync_server.auth.keys import Keys
+from ksync_server.errors import BadRequest, Permanent, RemoteError
+from ksync_server.jobs import Cancelled, Job
+from ksync_server.mailimport import letters, records
+from ksync_server.mailimport.connection import Server, connect
+from ksync_server.mailimport.imap_sink import ImapSink
+from ksync_server.mailimport.importer import Counters, DayIsOver, Importer
+from ksync_server.mailimport.maildir_sink import MaildirSink
+from ksync_server.mailimport.plan import Folder, Map, Options, is_sane
+from ksync_server.mailimport.sinks import Sink
+from ksync_server.mailimport.source import Source
+from ksync_server.networks import Networks
+from ksync_server.store.database import Database, Write
+
+log = logging.getLogger(__name__)
+
+KIND = "mail.import"
+SOURCE, TARGET = "source password", "destination password"  # names of secrets
+
+_DOUBLINGS = 20  # of a pause; the longest comes first
+
+
+def queue(tx: Write, settings: configuration.Settings, number: int, secrets: Mapping[str, bytes]) -> int:
+    """Queue a pass of an import.
+
+    Args:
+        secrets: sealed, by SOURCE and TARGET.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        NotFound: no such import.
+        Conflict: a pass of it is under way.
+    """
+    imported = records.get(tx, number)
+    host = imported.source["host"].lower()
+    job_id = jobs.enqueue(
+        tx,
+        KIND,
+        {"import": number},
+        concurrency=f"{KIND} {host}",
+        at_most=settings.mail_import.host_imports,
+        secrets=secrets,
+    )
+    assert job_id is not None
+    records.set_job(tx, number, job_id)
+    return job_id
+
+
+class Passes:
+    """What runs the jobs of KIND."""
+
+    def __init__(self, settings: configuration.Settings, database: Database, keys: Keys) -> None:
+        self._settings = settings
+        self._database = database
+        self._keys = keys
+        self._running = 0  # imports in this process
+        self._lock = threading.Lock()
+
+    def _window(self) -> int:
+        """The share of one import in what this process may hold."""
+        return self._settings.mail_import.window_bytes // max(self._running, 1)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def run(self, job: Job) -> None:
+        """One run of a pass, to its end or to a pause.
+
+        Raises:
+            Permanent: the pass has failed; its report says why.
+            Yielded: it goes on later.
+            Cancelled, LeaseLost: as the job's checkpoints.
+        """
+        with self._database.read() as tx:
+            imported = records.get(tx, job.arguments["import"])
+        if imported.job_id != job.id or imported.state in records.ENDED:
+            return  # a run that ended it was cut before the job's end was written
+        state = dict(job.state or {})
+        if state.pop("is_running", False):  # nobody said that the last run ended
+            state["crashes"] = state.get("crashes", 0) + 1
+        job.state = state or None
+        self._database.write(lambda tx: records.set_state(tx, imported.id, "running"))
+        run = _Run(self._settings, self._database, self._keys, job, imported, self._window)
+        try:
+            with self._counted(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                report = runner.run(run.run())
+        except Cancelled:
+            self._end(job, imported, "cancelled", run.report("It was cancelled."), fenced=False)
+            raise
+        except Permanent as error:
+            self._end(job, imported, "failed", run.report(str(error)))
+            raise
+        except DayIsOver as pause:
+            self._pause(job, imported, str(pause), pause.wait_s)
+        except (RemoteError, BadRequest, OSError) as error:
+            self._retry(job, imported, run, error)
+        else:
+            complete = not (report["refused"] or report["different"])
+            self._end(job, imported, "done" if complete else "incomplete", report)
+
+    def _end(
+        self, job: Job, imported: records.Import, state: str, report: dict[str, Any], *, fenced: bool = True
+    ) -> None:
+        mail = self._settings.mail
+
+        def effects(tx: Write) -> None:
+            records.end(tx, imported.id, state, report)
+            letters.tell(tx, mail, imported, state, report)
+
+        if fenced:
+            job.checkpoint(job.state, effects)
+        else:  # the checkpoint that was told to end kept the lease a moment ago
+            self._database.write(effects)
+        log.info("import", extra={"import": imported.id, "state": state, "copied": report["copied"]})
+
+    def _pause(self, job: Job, imported: records.Import, reason: str, wait_s: float) -> None:
+        job.progress(**report_progress(job), note=reason)
+        self._database.write(lambda tx: records.set_state(tx, imported.id, "paused"))
+        job.postpone(wait_s)
+
+    def _retry(self, job: Job, imported: records.Import, run: _Run, error: Exception) -> None:
+        """A server failed: again after a pause that doubles until something moves."""
+        settings = self._settings.mail_import
+        state = {**(job.state or {}), "is_running": False}
+        now = int(time.time())
+        moved = run.has_moved or "failing_since" not in state
+        since = now if moved else int(state["failing_since"])
+        failures = 0 if moved else int(state.get("failures", 0)) + 1
+        if not 0 <= now - since < settings.give_up_s:
+            text = f"given up after {settings.give_up_s // 3600} hours: {error}"
+            self._end(job, imported, "failed", run.report(text))
+            raise Permanent(text)
+        wait_s = min(settings.back_off_s * 2 ** min(failures, _DOUBLINGS), settings.longest_back_off_s)
+        wait_s *= random.uniform(0.8, 1.2)  # noqa: S311 - what failed together is not tried together
+        job.checkpoint(
+            {**state, "failing_since": since, "failures": failures},
+            lambda tx: records.set_state(tx, imported.id, "paused"),
+        )
+        log.info(
+            "import pauses", extra={"import": imported.id, "reason": str(error), "wait_s": round(wait_s)}
+        )
+        self._pause(job, imported, str(error), wait_s)
+
+
+def report_progress(job: Job) -> dict[str, object]:
+    """Counters of the last checkpoint, for people."""
+    counters = (job.state or {}).get("counters", {})
+    return {name: counters.get(name, 0) for name in ("copied", "found")}
+
+
+class _Run:
+    """One run: its connections, and what it counted."""
+
+    def __init__(
+        self,
+        settings: configuration.Settings,
+        database: Database,
+        keys: Keys,
+        job: Job,
+        imported: records.Import,
+        window: Callable[[], int],
+    ) -> None:
+        self._window = window
+        self._settings = settings
+        self._database = database
+        self._keys = keys
+        self._job = job
+        self._import = imported
+        self._began = time.time()
+        self._before = _counted(job.state)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether this run came any further."""
+        return _counted(self._job.state) != self._before
+
+    def report(self, problem: str = "") -> dict[str, Any]:
+        """What the pass has done so far."""
+        counters = (self._job.state or {}).get("counters") or {
+            name: field.default for name, field in Counters.__dataclass_fields__.items() if name not in _LISTS
+        } | {name: [] for name in _LISTS}
+        with self._database.read() as tx:
+            refused = records.refused(tx, self._import.id)
+            counts = records.counts(tx, self._import.id)
+        return {
+            **counters,
+            "refused": len(refused),
+            "problem": problem,
+            "seconds": round(time.time() - self._began, 1),
+            "folders": _by_folder(counts),
+            "refusals": [
+                {"folder": folder, "uid": uid, "bytes": size, "received_at": at, "reason": reason}
+                for folder, uid, size, at, reason in refused[:_REFUSALS]
+            ],
+        }
+
+    async def run(self) -> dict[str, Any]:
+        """Connect, copy, and report.
+
+        Raises:
+            RemoteError, BadRequest: a server failed.
+            Left: from the job's checkpoints.
+        """
+        options = msgspec.convert(self._import.options, Options)
+        with ThreadPoolExecutor(1, thread_name_prefix="import-rows") as thread:
+            source = await self._source()
+            try:
+                secret = self._open(TARGET)
+                sink = await open_sink(self._settings, self._import.target, secret, tag=str(self._import.id))
+                try:
+                    report = await self._copy(options, source, sink, thread)
+                except BaseException:
+                    sink.abort()
+                    raise
+            except BaseException:
+                source.connection.abort()
+                raise
+            await sink.close()
+            await source.connection.close()
+            return report
+
+    async def _copy(self, options: Options, source: Source, sink: Sink, thread: Executor) -> dict[str, Any]:
+        settings = self._settings.mail_import
+        importer = Importer(
+            self._job, self._database, settings, self._import, options, source, sink, thread, self._window
+        )
+        folders, insane = sane(await source.folders())
+        for name in insane:
+            importer.counters.note(f"A folder cannot be imported for its name: {name!r:.60}")
+        where = Map(await sink.places(), sink.separator, sink.prefix, options, source.prefix)
+        await importer.run(folders, where)
+        report = self._finished(importer)
+        await self._name_refused(source, report)
+        return report
+
+    def _finished(self, importer: Importer) -> dict[str, Any]:
+        self._job.state = {**(self._job.state or {}), "counters": importer.counted()}
+        return self.report()
+
+    async def _name_refused(self, source: Source, report: dict[str, Any]) -> None:
+        """Give each refused message its subject, as far as the server still says it."""
+        folders: dict[str, list[dict[str, Any]]] = {}
+        for each in report["refusals"]:
+            folders.setdefault(each["folder"], []).append(each)
+        for name, refused in folders.items():
+            try:
+                await source.open(Folder(name, "", frozenset()))
+                found = await source.subjects([each["uid"] for each in refused])
+            except (RemoteError, BadRequest):
+                return  # the report does without
+            for each in refused:
+                each["subject"] = found.get(each["uid"], "")
+
+    async def _source(self) -> Source:
+        server = msgspec.convert(self._import.source, Server)
+        secret = self._open(SOURCE)
+        connection = await connect(
+            server, secret, self._settings.mail_import, _networks(self._settings), utf8=True
+        )
+        return Source(connection, self._settings.mail_import)
+
+    def _open(self, name: str) -> str:
+        if name == TARGET and self._import.target["kind"] != "imap":
+            return ""
+        return self._keys.open(self._job.secret(name)).decode("utf-8")
+
+
+_LISTS = ("differences", "notes")
+_REFUSALS = 1000  # named one by one
+
+
+def _counted(state: Any) -> tuple[int, int]:
+    counters = (state or {}).get("counters", {})
+    return counters.get("copied", 0) + counters.get("there", 0), counters.get("fetched_bytes", 0)
+
+
+def _by_folder(counts: list[tuple[str, str, str, int, int]]) -> list[dict[str, Any]]:
+    """One entry for each pair of folders."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for source, target, how, messages, size in counts:
+        entry = found.setdefault((source, target), {"folder": source, "to": target, "bytes": 0})
+        entry[how] = entry.get(how, 0) + messages
+        entry["bytes"] += size
+    return list(found.values())
+
+
+def sane(folders: list[Folder]) -> tuple[list[Folder], list[str]]:
+    """Folders whose names can be asked for, and the names of the others."""
+    return [each for each in folders if is_sane(each.name)], [
+        each.name for each in folders if not is_sane(each.name)
+    ]
+
+
+def _networks(settings: configuration.Settings) -> Networks:
+    return Networks("outbound.private_networks", settings.outbound.private_networks)
+
+
+async def open_sink(
+    settings: configuration.Settings, target: dict[str, Any], secret: str, *, tag: str = ""
+) -> Sink:
+    """The destination of an import.
+
+    Args:
+        tag: of the import, for the names of files.
+
+    Raises:
+        RemoteError: it cannot be reached, or does not let us in.
+    """
+    if target["kind"] == "maildir":
+        return MaildirSink(Path(target["path"]), tag)
+    server = msgspec.convert(target["server"], Server)
+    connection = await connect(server, secret, settings.mail_import, _networks(settings))
+    sink = ImapSink(connection)
+    try:
+        await sink.begin()
+    except BaseException:
+        connection.abort()
+        raise
+    return sink

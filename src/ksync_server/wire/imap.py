@@ -1,0 +1,599 @@
+"""IMAP on the wire, for both roles: bytes in, values out (RFC 3501, RFC 9051, RFC 7888).
+
+    bytes -> Framer -> Text, LiteralStart, LiteralData ...      lines and literals, a literal never held
+                    -> values(pieces) -> atoms, strings, lists   what a line says
+
+An atom comes out as `str`, a string (quoted or literal) as `bytes`, a list as `list`, NIL as None: so an atom
+`NIL` and a string "NIL" stay two things. Nothing here trusts its input: whatever it is, the answer is a value
+or BadRequest, in time and memory that the limits bound.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
+from functools import lru_cache
+
+from ksync_server.errors import BadRequest
+
+Value = str | bytes | None | list["Value"]
+
+_DEPTH = 24  # of parentheses; what we ask for needs 4
+_LONGEST_NUMBER = 19  # digits: below 2^63
+
+# -- lines and literals ---------------------------------------------------------------------------
+
+
+# What a stream is cut into is not frozen: there is much of it, and that would double its cost.
+@dataclass(slots=True)
+class Text:
+    """A piece of a line up to its end, or up to a literal; without CRLF and the literal's `{n}`."""
+
+    data: bytes
+    ends: bool  # the line is over, and with it the command or response
+
+
+@dataclass(slots=True)
+class LiteralStart:
+    """`size` bytes follow; the sender waits for a continuation first where `waits`."""
+
+    size: int
+    waits: bool
+    binary: bool = False  # literal8: may hold NUL
+
+
+@dataclass(slots=True)
+class LiteralData:
+    """A piece of the literal, 1 byte or more; valid as long as the bytes that were fed."""
+
+    data: memoryview
+
+
+Event = Text | LiteralStart | LiteralData
+
+_MARK = re.compile(rb"(~?)\{(\d{1,20})([+-]?)\}\Z")
+
+
+class Framer:
+    """Cuts a stream of bytes into lines and literals.
+
+    Args:
+        line_bytes: the longest line that is read, pieces between literals taken together.
+        literals: the most literals in one line.
+    """
+
+    def __init__(self, *, line_bytes: int = 1 << 20, literals: int = 10_000) -> None:
+        self._line_bytes = line_bytes
+        self._most = literals
+        self._held = bytearray()
+        self._left = 0  # bytes of the literal that are still to come
+        self._length = 0  # of the line so far
+        self._literals = 0
+
+    @property
+    def is_between_lines(self) -> bool:
+        """Whether nothing of a next line has been read."""
+        return not (self._held or self._left or self._length or self._literals)
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """What the next bytes say, in order; take all of it before feeding again.
+
+        Raises:
+            BadRequest: a line or a number of literals over the limit; the stream is of no use any more.
+
+        Cost: one pass; a literal's bytes are not copied.
+        """
+        at, end = 0, len(data)
+        while at < end:
+            if self._left:
+                piece = memoryview(data)[at : at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                yield LiteralData(piece)
+                continue
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                self._held += memoryview(data)[at:]
+                self._check(len(self._held))
+                return
+            if self._held:
+                self._held += memoryview(data)[at:stop]
+                line = bytes(self._held)
+                self._held.clear()
+            else:
+                line = data[at:stop]
+            at = stop + 1
+            yield from self._line(line.removesuffix(b"\r"))
+
+    def _line(self, line: bytes) -> Iterator[Event]:
+        self._check(len(line))
+        mark = _MARK.search(line) if line.endswith(b"}") else None
+        if mark is None:
+            self._length = self._literals = 0
+            yield Text(line, True)
+            return
+        self._length += len(line)
+        self._literals += 1
+        if self._literals > self._most or len(mark[2]) > _LONGEST_NUMBER:
+            raise BadRequest("Too many literals in one line, or too long a one.")
+        yield Text(line[: mark.start()], False)
+        size = int(mark[2])
+        self._left = size
+        yield LiteralStart(size, mark[3] == b"", mark[1] == b"~")
+
+    def _check(self, more: int) -> None:
+        if self._length + more > self._line_bytes:
+            raise BadRequest(f"A line of more than {self._line_bytes} bytes.")
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+# An atom may hold a section in brackets, as in BODY[HEADER.FIELDS (DATE)]<0>, and what servers put in flags
+# and labels although they should not. The last alternative is what no value begins with.
+_QUOTED = rb'"(?:[^"\\]++|\\.)*+'
+_TOKEN = re.compile(
+    rb"""([()] | %b" | %b\\?\Z | (?:[^\x00-\x20()"\[\x7f]++|\[[^\]\[]*\])+ | [^\x20])""" % (_QUOTED, _QUOTED),
+    re.VERBOSE | re.DOTALL,
+)
+_WHOLE = re.compile(_QUOTED + b'"', re.DOTALL)
+_ESCAPE = re.compile(rb"\\(.)", re.DOTALL)
+_OPEN, _CLOSE, _QUOTE, _BRACKET, _DELETE = b'()"[\x7f'
+
+
+def values(pieces: Iterable[bytes | Literal], *, most: int = 200_000) -> list[Value]:
+    """What a line says: its pieces of text, and its literals between them.
+
+    Args:
+        pieces: text as bytes, literals wrapped in `Literal`.
+        most: values in all.
+
+    Raises:
+        BadRequest: no IMAP: unbalanced or deep parentheses, a quote or bracket without its end, control
+            characters, too many values.
+
+    Spec: RFC 3501 §4, RFC 9051 §4.
+    Cost: linear; half a microsecond for each value.
+    """
+    here: list[Value] = []
+    stack: list[list[Value]] = []
+    count = 0
+    for piece in pieces:
+        if isinstance(piece, Literal):
+            here.append(piece.data)
+            continue
+        tokens = _TOKEN.findall(piece)
+        count += len(tokens)
+        if count > most:
+            raise BadRequest(f"More than {most} values in one line.")
+        if tokens and tokens[-1][0] == _QUOTE and not _WHOLE.fullmatch(tokens[-1]):
+            raise BadRequest("A quoted string does not end.")
+        for token in tokens:
+            first = token[0]
+            if first == _OPEN:
+                stack.append(here)
+                if len(stack) > _DEPTH:
+                    raise BadRequest("Too deep parentheses.")
+                here = []
+            elif first == _CLOSE:
+                if not stack:
+                    raise BadRequest("A parenthesis is closed that was not opened.")
+                inner, here = here, stack.pop()
+                here.append(inner)
+            elif first == _QUOTE:
+                here.append(_ESCAPE.sub(rb"\1", token[1:-1]) if b"\\" in token else token[1:-1])
+            elif first < 0x20 or first == _DELETE or (first == _BRACKET and len(token) == 1):
+                raise BadRequest(f"No IMAP: {piece[:40]!r}")
+            elif token in _NIL:
+                here.append(None)
+            else:
+                here.append(str(token, "utf-8", "surrogateescape"))
+    if stack:
+        raise BadRequest("A parenthesis is not closed.")
+    return here
+
+
+_NIL = frozenset({b"NIL", b"nil", b"Nil"})
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """The bytes of a literal among the pieces of a line; None where they went elsewhere."""
+
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """OK, NO, BAD, BYE or PREAUTH; `tag` is empty where it is untagged."""
+
+    tag: str
+    word: str
+    code: str  # upper case, such as TRYCREATE; "" = none
+    arguments: tuple[Value, ...]  # of the code
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Untagged data, such as `* 12 FETCH (...)`."""
+
+    name: str  # upper case
+    number: int | None
+    values: list[Value]
+
+
+@dataclass(slots=True)
+class Fetched:
+    """What a server says of a message: `* 12 FETCH (UID 5 FLAGS (\\Seen))`; names in upper case."""
+
+    number: int
+    found: dict[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """`+ ...`: go on."""
+
+    text: str
+
+
+Response = Status | Data | Fetched | Continue
+
+# What all servers say of plain messages, at a third of the cost of `values`; anything else goes there.
+_PLAIN_FETCH = re.compile(
+    rb"""\*\x20(\d{1,10})\x20FETCH\x20\((?:
+        UID\x20(?P<uid>\d{1,10})
+        | FLAGS\x20\((?P<flags>[\x20\x21\x23-\x27\x2a-\x5a\\\x5e-\x7e]*)\)
+        | INTERNALDATE\x20"(?P<date>[0-9A-Za-z:\x20+-]{1,40})"
+        | RFC822\.SIZE\x20(?P<size>\d{1,18})
+        | BODY\[\]\x20(?P<body>\Z)
+        | \x20
+    )++(?P<end>\))?\Z""",
+    re.VERBOSE,
+)
+_STATUS = re.compile(rb"(?:\*|([A-Za-z0-9.]{1,40})) (OK|NO|BAD|BYE|PREAUTH)(?: (.*))?\Z", re.I | re.DOTALL)
+_CODE = re.compile(rb"\[([A-Za-z0-9_.-]{1,100})(?: ([^\]]*))?\] ?(.*)\Z", re.DOTALL)
+
+
+def response(pieces: list[bytes | Literal]) -> Response:
+    """What a server says in one line.
+
+    Raises:
+        BadRequest: nothing that a server says.
+
+    Spec: RFC 3501 §7.
+    """
+    first = pieces[0]
+    assert isinstance(first, bytes)
+    if first.startswith(b"+"):
+        return Continue(_text(first[1:].strip()))
+    status = _STATUS.match(first)
+    if status is not None:
+        return _status(status)
+    if not first.startswith(b"* "):
+        raise BadRequest(f"No answer of an IMAP server: {first[:40]!r}")
+    plain = _PLAIN_FETCH.match(first)
+    if plain is not None and (fetched := _plain(plain, pieces)) is not None:
+        return fetched
+    found = values([first[2:], *pieces[1:]])
+    number = None
+    if found and isinstance(found[0], str) and is_number(found[0]):
+        number = int(found.pop(0))  # type: ignore[arg-type]
+    if not found or not isinstance(found[0], str):
+        raise BadRequest(f"No answer of an IMAP server: {first[:40]!r}")
+    if number is not None and found[0].upper() == "FETCH" and len(found) == 2:
+        return Fetched(number, pairs(found[1]))
+    return Data(found[0].upper(), number, found[1:])
+
+
+def _plain(found: re.Match[bytes], pieces: list[bytes | Literal]) -> Fetched | None:
+    """A FETCH answer of the usual items, with a body that was a literal or none; None where it is another."""
+    named: dict[str, Value] = {}
+    uid, flags_, date, size = found.group("uid", "flags", "date", "size")
+    if found["body"] is not None:
+        if len(pieces) != 3 or pieces[2] != b")":
+            return None
+        assert isinstance(pieces[1], Literal)
+        named["BODY[]"] = pieces[1].data
+    elif not found["end"] or len(pieces) != 1:
+        return None
+    if uid:
+        named["UID"] = uid.decode("ascii")
+    if flags_ is not None:
+        named["FLAGS"] = [each.decode("ascii") for each in flags_.split()]
+    if date is not None:
+        named["INTERNALDATE"] = date
+    if size:
+        named["RFC822.SIZE"] = size.decode("ascii")
+    return Fetched(int(found[1]), named)
+
+
+def _status(found: re.Match[bytes]) -> Status:
+    tag, word, rest = found[1] or b"", found[2], found[3] or b""
+    code = _CODE.match(rest) if rest.startswith(b"[") else None
+    arguments: list[Value] = []
+    if code is not None:
+        rest = code[3]
+        try:
+            arguments = values([code[2] or b""])
+        except BadRequest:  # free text in a code, which nobody needs
+            arguments = []
+    name = _text(code[1]).upper() if code else ""
+    return Status(_text(tag), _text(word).upper(), name, tuple(arguments), _text(rest))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a client asks: tag, name (upper case, with UID in front where it has it) and arguments."""
+
+    tag: str
+    name: str
+    values: list[Value]
+
+
+_COMMAND = re.compile(
+    rb"([^\x00-\x20()\{%*\"\\+\x7f-\xff]{1,100}) ((?:UID )?[A-Za-z][A-Za-z0-9-]{0,40})(?: (.*))?\Z",
+    re.I | re.DOTALL,
+)
+
+
+def command(pieces: list[bytes | Literal]) -> Command:
+    """What a client says in one line.
+
+    Raises:
+        BadRequest: no command.
+
+    Spec: RFC 3501 §6, §9 (tag).
+    """
+    first = pieces[0]
+    assert isinstance(first, bytes)
+    found = _COMMAND.match(first)
+    if found is None:
+        raise BadRequest("A command is a tag, a name and arguments.")
+    return Command(_text(found[1]), _text(found[2]).upper(), values([found[3] or b"", *pieces[1:]]))
+
+
+def is_number(text: str) -> bool:
+    """Whether an atom is a number below 2^63."""
+    return text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER
+
+
+def number(value: Value) -> int:
+    """An atom that must be a number.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    if not isinstance(value, str) or not is_number(value):
+        raise BadRequest(f"No number: {value!r:.40}")
+    return int(value)
+
+
+def string(value: Value) -> bytes:
+    """What may stand as an atom or as a string; NIL is an atom here.
+
+    Raises:
+        BadRequest: a list.
+
+    Spec: RFC 3501 §9, astring.
+    """
+    if isinstance(value, bytes):
+        return value
+    if value is None:
+        return b"NIL"
+    if isinstance(value, list):
+        raise BadRequest("A string is needed.")
+    return value.encode("utf-8", "surrogateescape")
+
+
+def pairs(value: Value) -> dict[str, Value]:
+    """A list of names and values, as FETCH and STATUS give it; names in upper case.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    if not isinstance(value, list) or len(value) % 2:
+        raise BadRequest("A list of names and values is needed.")
+    found = {}
+    for name, each in zip(value[::2], value[1::2], strict=True):
+        if not isinstance(name, str):
+            raise BadRequest("A list of names and values is needed.")
+        found[name.upper()] = each
+    return found
+
+
+# -- what is written ------------------------------------------------------------------------------
+
+_QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*\Z")
+
+
+def quoted(data: bytes, *, utf8: bool = False) -> bytes | None:
+    """A quoted string, None where only a literal can say it.
+
+    Args:
+        utf8: UTF8=ACCEPT is on, so UTF-8 may stand in quotes (RFC 6855 §3).
+    """
+    if _QUOTABLE.match(data) is None:
+        try:
+            if not utf8 or not data.decode("utf-8").isprintable():
+                return None
+        except UnicodeDecodeError:
+            return None
+    return b'"' + data.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+
+
+def flags(value: Value) -> tuple[str, ...]:
+    """Flags and keywords, sorted: system flags in the standard's capitals, without \\Recent, which none sets.
+
+    Raises:
+        BadRequest: no list of flags.
+    """
+    if not isinstance(value, list):
+        raise BadRequest("A list of flags is needed.")
+    return _flags(tuple(string(each) for each in value))
+
+
+@lru_cache(maxsize=1024)
+def _flags(found: tuple[bytes, ...]) -> tuple[str, ...]:
+    names = (each.decode("utf-8", "surrogateescape") for each in found)
+    return tuple(sorted({_SYSTEM_FLAGS.get(name.lower(), name) for name in names} - {"\\Recent", "\\*"}))
+
+
+_SYSTEM_FLAGS = {
+    name.lower(): name for name in ("\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Recent", "\\Seen")
+}
+_FLAG = re.compile(r"\\?[^\x00-\x20(){}%*\"\\\]\x7f-\U0010ffff]+\Z")
+
+
+def is_flag(text: str) -> bool:
+    """Whether it can be written as a flag or keyword.
+
+    Spec: RFC 3501 §9, flag and atom.
+    """
+    return _FLAG.match(text) is not None
+
+
+def sequence_set(numbers: Iterable[int], *, longest: int = 8000) -> Iterator[str]:
+    """Numbers as sequence sets of at most `longest` characters: 1:5,7 ...; ascending."""
+    parts: list[str] = []
+    length = 0
+    for first, last in _runs(sorted(set(numbers))):
+        part = str(first) if first == last else f"{first}:{last}"
+        if length + len(part) + 1 > longest and parts:
+            yield ",".join(parts)
+            parts, length = [], 0
+        parts.append(part)
+        length += len(part) + 1
+    if parts:
+        yield ",".join(parts)
+
+
+def _runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
+    start = at = 0
+    for each in ordered:
+        if each == at + 1 and start:
+            at = each
+            continue
+        if start:
+            yield start, at
+        start = at = each
+    if start:
+        yield start, at
+
+
+def numbers(text: str, *, most: int = 1_000_000) -> list[int]:
+    """A uid-set, in the order it is written.
+
+    Raises:
+        BadRequest: none, or more than `most` numbers.
+
+    Spec: RFC 4315 §4.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        low, high = number(first), number(last or first)
+        low, high = min(low, high), max(low, high)
+        if high - low + len(found) >= most:
+            raise BadRequest(f"More than {most} numbers.")
+        found += range(low, high + 1)
+    return found
+
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_DATE = re.compile(rb" ?(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d)(?: ([+-])(\d\d)(\d\d))?\Z")
+
+
+def internal_date(value: Value) -> datetime:
+    """When a message was received, with its zone; UTC where it has none.
+
+    Raises:
+        BadRequest: no date and time.
+
+    Spec: RFC 3501 §9, date-time.
+    """
+    text = string(value)
+    found = _DATE.match(text)
+    try:
+        if found is None:
+            raise ValueError
+        month = _MONTHS.index(found[2].decode().capitalize()) + 1
+        zone = _zone(found[7], found[8], found[9]) if found[7] else UTC
+        day = (int(found[3]), month, int(found[1]), int(found[4]), int(found[5]), min(int(found[6]), 59))
+        moment = datetime(*day, tzinfo=zone)
+        moment.timestamp()  # year 1 with a zone has no UTC
+    except (ValueError, OverflowError):
+        raise BadRequest(f"No date and time: {text[:40]!r}") from None
+    return moment
+
+
+@lru_cache(maxsize=256)
+def _zone(sign: bytes, hours: bytes, minutes: bytes) -> timezone:
+    ahead = timedelta(hours=int(hours), minutes=int(minutes))
+    return timezone(-ahead if sign == b"-" else ahead)
+
+
+def write_date(moment: datetime) -> bytes:
+    """A date-time as APPEND takes it, in quotes."""
+    offset = moment.strftime("%z") or "+0000"
+    return (
+        f'"{moment.day:02}-{_MONTHS[moment.month - 1]}-{moment.year:04} {moment:%H:%M:%S} {offset[:5]}"'
+    ).encode("ascii")
+
+
+# -- names of mailboxes ---------------------------------------------------------------------------
+
+
+def decode_name(data: bytes, *, utf8: bool = False) -> str:
+    """A mailbox's name; `encode_name` of it is the same bytes again, whatever they are.
+
+    What is no modified UTF-7 stays as it is; bytes that are no ASCII are read as UTF-8 where they are that.
+
+    Args:
+        utf8: UTF8=ACCEPT is on: names are UTF-8 and `&` has no meaning.
+
+    Spec: RFC 3501 §5.1.3, RFC 6855 §3.
+    """
+    plain = data.decode("utf-8", "surrogateescape")
+    if utf8 or b"&" not in data:
+        return plain
+    try:
+        name = _UTF7.sub(_decoded, plain)
+        return name if encode_name(name) == data else plain
+    except ValueError:
+        return plain
+
+
+def encode_name(name: str, *, utf8: bool = False) -> bytes:
+    """A mailbox's name as the server has it; see `decode_name`."""
+    if utf8 or all("\x20" <= mark <= "\x7e" and mark != "&" for mark in name):
+        return name.encode("utf-8", "surrogateescape")
+    written = _PLAIN.sub(lambda found: found[0].replace("&", "&-") if found[1] else _encoded(found[0]), name)
+    return written.encode("utf-8", "surrogateescape")
+
+
+_UTF7 = re.compile(r"&([A-Za-z0-9+,]*)-")
+_PLAIN = re.compile(r"([\x20-\x7e]+)|[^\x20-\x7e]+")
+
+
+def _decoded(found: re.Match[str]) -> str:
+    shifted = found[1]
+    if not shifted:
+        return "&"
+    padded = shifted.replace(",", "/") + "=" * (-len(shifted) % 4)
+    return b64decode(padded, validate=True).decode("utf-16-be")
+
+
+def _encoded(text: str) -> str:
+    if any(
+        "\ud800" <= mark <= "\udfff" for mark in text
+    ):  # bytes that were no UTF-8: they go back as they came
+        return text
+    return "&" + b64encode(text.encode("utf-16-be")).decode("ascii").rstrip("=").replace("/", ",") + "-"

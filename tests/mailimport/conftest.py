@@ -1,0 +1,18 @@
+"""A database of its own for each test, once on SQLite and once on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ksync_server import settings
+from ksync_server.store.database import Database
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A migrated store."""
+    opened = Database(settings.Database(url=database_url))
+    yield opened
+    opened.close()
