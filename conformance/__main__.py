@@ -49,6 +49,7 @@ PARTS = {
     "rclone": FOLDER / "external" / "rclone.py",
     "deploy": FOLDER / "external" / "deploy.py",
     "jobs": FOLDER / "jobs.py",
+    "dovecot": FOLDER / "external" / "dovecot.py",  # starts servers of its own
     "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
     "fire-s3": FOLDER / "fire" / "__main__.py",
 }
@@ -61,7 +62,7 @@ FIRE = {
     "fire": ("kills", "reload", "full", "outage", "standby", "--kills", "8", "--requests", "1000"),
     "fire-s3": ("kills", "store", "--bytes", "s3", "--errors", "0.05", "--kills", "4"),
 }
-ONCE = {"start", "deploy", "jobs", "restore", "seen"}  # do not look at the target: once is enough
+ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot"}  # do not look at the target: once is enough
 PART_TIMEOUT_S = 600
 
 
