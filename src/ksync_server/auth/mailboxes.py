@@ -44,6 +44,7 @@ class Mailbox:
 
 _COLUMNS = (_M.id, _M.organization_id, _M.account_id, _M.address, _M.folder, _M.state, _M.quota_bytes)
 _BY_ADDRESS = sa.select(*_COLUMNS).where(_M.address_key == sa.bindparam("key"))
+_BY_ID = sa.select(*_COLUMNS).where(_M.id == sa.bindparam("id_"))
 _OF_ACCOUNT = sa.select(*_COLUMNS).where(_M.account_id == sa.bindparam("account_id")).order_by(_M.id)
 _IS_MEMBER = sa.select(t.member.c.role).where(
     t.member.c.organization_id == sa.bindparam("organization_id"),
@@ -59,6 +60,12 @@ def _mailbox(row: Row) -> Mailbox:
 def find(tx: Read, address: str) -> Mailbox | None:
     """The mailbox of an address, whatever its case."""
     row = tx.one(_BY_ADDRESS, {"key": fold(address)})
+    return None if row is None else _mailbox(row)
+
+
+def find_by_id(tx: Read, number: int) -> Mailbox | None:
+    """The mailbox of a row."""
+    row = tx.one(_BY_ID, {"id_": number})
     return None if row is None else _mailbox(row)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import threading
 import time
@@ -24,9 +25,12 @@ import uvloop
 
 from ksync_server import jobs
 from ksync_server import settings as configuration
+from ksync_server.auth import mailboxes
 from ksync_server.auth.keys import Keys
-from ksync_server.errors import BadRequest, Permanent, RemoteError
+from ksync_server.auth.mailboxes import Mailbox
+from ksync_server.errors import BadRequest, NotFound, Permanent, RemoteError
 from ksync_server.jobs import Cancelled, Job
+from ksync_server.mail import dovecot
 from ksync_server.mailimport import letters, records
 from ksync_server.mailimport.connection import Server, connect
 from ksync_server.mailimport.imap_sink import ImapSink
@@ -106,8 +110,11 @@ class Passes:
             Yielded: it goes on later.
             Cancelled, LeaseLost: as the job's checkpoints.
         """
-        with self._database.read() as tx:
-            imported = records.get(tx, job.arguments["import"])
+        try:
+            with self._database.read() as tx:
+                imported = records.get(tx, job.arguments["import"])
+        except NotFound:
+            return  # it went with its mailbox
         if imported.job_id != job.id or imported.state in records.ENDED:
             return  # a run that ended it was cut before the job's end was written
         state = dict(job.state or {})
@@ -214,6 +221,8 @@ class _Run:
         self._keys = keys
         self._job = job
         self._import = imported
+        with database.read() as tx:
+            self._mailbox = mailboxes.find_by_id(tx, imported.mailbox_id or 0)
         self._began = time.time()
         self._before = _counted(job.state)
 
@@ -254,7 +263,13 @@ class _Run:
             source = await self._source()
             try:
                 secret = self._open(TARGET)
-                sink = await open_sink(self._settings, self._import.target, secret, tag=str(self._import.id))
+                sink = await open_sink(
+                    self._settings,
+                    self._import.target,
+                    secret,
+                    tag=str(self._import.id),
+                    mailbox=self._mailbox,
+                )
                 try:
                     report = await self._copy(options, source, sink, thread)
                 except BaseException:
@@ -344,18 +359,29 @@ def _networks(settings: configuration.Settings) -> Networks:
 
 
 async def open_sink(
-    settings: configuration.Settings, target: dict[str, Any], secret: str, *, tag: str = ""
+    settings: configuration.Settings,
+    target: dict[str, Any],
+    secret: str,
+    *,
+    tag: str = "",
+    mailbox: Mailbox | None = None,
 ) -> Sink:
     """The destination of an import.
 
     Args:
         tag: of the import, for the names of files.
+        mailbox: where it is one of ours.
 
     Raises:
         RemoteError: it cannot be reached, or does not let us in.
     """
     if target["kind"] == "maildir":
         return MaildirSink(Path(target["path"]), tag)
+    if mailbox is not None:
+        owner = dovecot.owner_of(settings.mail)
+        root = mailboxes.maildir_of(settings.mail.folders, mailbox.folder)
+        given = (owner.uid, owner.gid) if os.geteuid() == 0 and settings.mail.owner else None
+        return MaildirSink(root, tag, escaped=True, quota_bytes=mailbox.quota_bytes, owner=given)
     server = msgspec.convert(target["server"], Server)
     connection = await connect(server, secret, settings.mail_import, _networks(settings))
     sink = ImapSink(connection)
