@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ksync_server import settings as configuration
@@ -157,15 +157,15 @@ class Source:
             if attributes & {"\\noselect", "\\nonexistent"}:
                 continue
             separator = "" if each.values[1] is None else connection.decoded(each.values[1])
-            name = connection.decoded(each.values[2])
-            found[name] = Folder(name, separator, attributes)
+            name, wire = connection.decoded(each.values[2]), imap.string(each.values[2])
+            found[name] = Folder(name, separator, attributes, wire=wire)
             if len(found) > self._settings.folders:
                 raise Permanent(f"The source has more than {self._settings.folders} folders.")
         said_already = dict(map(self._status, reply.named("STATUS")))
-        missing = [name for name in found if name not in said_already]
+        missing = [folder for name, folder in found.items() if name not in said_already]
         for at in range(0, len(missing), _STATUS_AT_ONCE):
             some = missing[at : at + _STATUS_AT_ONCE]
-            sent = [await connection.send("STATUS", connection.encoded(name), status) for name in some]
+            sent = [await connection.send("STATUS", folder.wire, status) for folder in some]
             for pending in sent:
                 with contextlib.suppress(Refused):  # a folder that cannot be asked is said to be empty
                     for each in (await connection.answer(pending)).named("STATUS"):
@@ -192,7 +192,8 @@ class Source:
             RemoteError: it cannot be opened, or the server failed.
         """
         condstore = ["(CONDSTORE)"] if "CONDSTORE" in self.connection.capabilities else []
-        reply = await self.connection.ask("EXAMINE", self.connection.encoded(folder.name), *condstore)
+        wire = folder.wire or self.connection.encoded(folder.name)
+        reply = await self.connection.ask("EXAMINE", wire, *condstore)
         numbers = {
             each.name.strip("[]"): imap.number(each.values[0])
             for each in reply.data
@@ -305,16 +306,13 @@ class Source:
 
 
 def _with(folder: Folder, numbers: dict[str, int]) -> Folder:
-    size = numbers.get("SIZE")
-    return Folder(
-        folder.name,
-        folder.separator,
-        folder.attributes,
-        numbers.get("UIDVALIDITY", folder.uid_validity),
-        numbers.get("UIDNEXT", folder.uid_next),
-        numbers.get("MESSAGES", folder.messages),
-        numbers.get("HIGHESTMODSEQ", folder.modseq),
-        folder.size if size is None else size,
+    return replace(
+        folder,
+        uid_validity=numbers.get("UIDVALIDITY", folder.uid_validity),
+        uid_next=numbers.get("UIDNEXT", folder.uid_next),
+        messages=numbers.get("MESSAGES", folder.messages),
+        modseq=numbers.get("HIGHESTMODSEQ", folder.modseq),
+        size=numbers.get("SIZE", folder.size),
     )
 
 
