@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 from ksync_server.errors import BadRequest, Temporary
-from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said
+from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said, together
 from ksync_server.mailimport.sinks import (
     Full,
     Held,
@@ -22,6 +22,7 @@ from ksync_server.mailimport.sinks import (
     Room,
     Seen,
     Stranger,
+    Unmade,
     Unwanted,
     canonical,
 )
@@ -32,6 +33,7 @@ _FULL = frozenset({"OVERQUOTA"})
 _FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
 _PIECE = 64 << 10  # read from a file and sent at once
 _AT_ONCE = 500  # messages of one COPY
+_ITEMS = frozenset({"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"})
 _LOOK = "(UID FLAGS INTERNALDATE RFC822.SIZE)"
 _LIST = 'LIST "" "*"'
 
@@ -119,7 +121,8 @@ class ImapSink:
             await self._connection.ask("CREATE", encoded)
         except Refused as error:
             if error.status.code != "ALREADYEXISTS":
-                raise
+                self._raise_where_temporary(error)
+                raise Unmade(f"the destination: {error}") from None
         with contextlib.suppress(Refused):
             await self._connection.ask("SUBSCRIBE", encoded)
         return await self._status(encoded)
@@ -162,13 +165,10 @@ class ImapSink:
                 yield found
 
     async def _seen(self, uids: str) -> AsyncIterator[tuple[str, Seen]]:
-        async for each in await self._connection.stream("UID FETCH", uids, _LOOK):
-            if isinstance(each, Fetched):
-                found = each.found
-                if {"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"} <= found.keys():
-                    date = imap.internal_date(found["INTERNALDATE"])
-                    size = imap.number(found["RFC822.SIZE"])
-                    yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
+        async for found in together(await self._connection.stream("UID FETCH", uids, _LOOK), _ITEMS):
+            date = imap.internal_date(found["INTERNALDATE"])
+            size = imap.number(found["RFC822.SIZE"])
+            yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
 
     async def digests(
         self, name: str, handles: Iterable[str], *, as_stored: bool = False
@@ -190,7 +190,15 @@ class ImapSink:
     # -- what is added ----------------------------------------------------------------------------
 
     async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
-        """See `Sink`."""
+        """See `Sink`.
+
+        Spec: RFC 3502 §6.3.11: a message without a byte would cancel all that goes with it.
+        """
+        filled = [parcel for parcel in parcels if parcel.size]
+        placed = iter(await self._put(name, filled) if filled else ())
+        return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
+
+    async def _put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
         if len(parcels) == 1:
             return [await self._put_one(name, parcels[0])]
         if "MULTIAPPEND" not in self._connection.capabilities:
@@ -201,7 +209,7 @@ class ImapSink:
             self._raise_where_temporary(error)
         # Nothing of a refused batch is there (RFC 3502 §3): halves of it find the message that is not wanted.
         half = len(parcels) // 2
-        return [*await self.put(name, parcels[:half]), *await self.put(name, parcels[half:])]
+        return [*await self._put(name, parcels[:half]), *await self._put(name, parcels[half:])]
 
     async def _put_one(self, name: str, parcel: Parcel) -> Placed | Unwanted:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import KsyncError, Permanent, Temporary
-from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, Refused, Start
+from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, Refused, Start, together
 from ksync_server.mailimport.plan import Folder, label
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
@@ -20,7 +20,8 @@ from ksync_server.wire.imap import Data, Fetched, Status
 _STATUS_AT_ONCE = 20
 _PART_BYTES = 16 << 20  # of a long message, asked for at once
 _SUBJECT_BYTES = 4096
-_SCAN = "UID FLAGS INTERNALDATE RFC822.SIZE"
+_SCAN = ("UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE")
+_GMAIL = ("X-GM-LABELS", "X-GM-MSGID")
 
 
 class Poisoned(KsyncError):
@@ -215,19 +216,17 @@ class Source:
 
         Cost: one command; 400 bytes a message.
         """
-        items = f"({_SCAN} X-GM-LABELS X-GM-MSGID)" if self.is_gmail else f"({_SCAN})"
+        names = _SCAN + _GMAIL if self.is_gmail else _SCAN
         changed = f" (CHANGEDSINCE {since})" if since else ""
-        found = []
-        async for each in await self.connection.stream("UID FETCH", f"{first}:{last}", items + changed):
-            if isinstance(each, Fetched):
-                message = self._message(each.found)
-                if message is not None and first <= message.uid <= last:
-                    found.append(message)
-        return sorted(found, key=lambda message: message.uid)
+        stream = await self.connection.stream("UID FETCH", f"{first}:{last}", f"({' '.join(names)}){changed}")
+        found = {}
+        async for each in together(stream, frozenset(names)):
+            message = self._message(each)
+            if first <= message.uid <= last:
+                found[message.uid] = message
+        return [found[uid] for uid in sorted(found)]
 
-    def _message(self, found: dict[str, imap.Value]) -> Message | None:
-        if not {"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"} <= found.keys():
-            return None  # unasked for: the flags of another message changed
+    def _message(self, found: dict[str, imap.Value]) -> Message:
         labels = found.get("X-GM-LABELS")
         return Message(
             imap.number(found["UID"]),
