@@ -1,4 +1,4 @@
-"""A database of its own for each test: on both kinds, or on SQLite alone where the kind makes no difference."""
+"""A database of its own for each test: on both kinds, or on SQLite where that makes no difference."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -195,7 +195,6 @@ class Importer:
             Left: from the job's checkpoints.
         """
         number = self._import.id
-        sources = await self._read(records.sources, number)
         self._known = await self._read(records.targets, number)
         self._names = {row.id: name for name, row in self._known.items()}
         chosen = self._choose(folders)
@@ -204,6 +203,7 @@ class Importer:
         self._total_bytes = sum(folder.size or 0 for folder in chosen)
         if self._is_first_run:  # what was refused in an earlier pass is tried again
             await self._commit(records.drop_refused, number)
+        sources = await self._read(records.sources, number)
         for folder in chosen:
             row = sources.get(folder.name)
             if row is not None and (row.id in self._settled or _is_unchanged(folder, row)):
@@ -512,7 +512,7 @@ class Importer:
                 new.append(parcel)
                 continue
             handle, how, replaced = found
-            made.append(self._copied(walk, target, parcel, handle, how))
+            made.append(self._recognised(walk, target, parcel, handle, how, replaced))
             if replaced is not None:
                 dropped.append(replaced)
             self._count(how, 0)
@@ -607,6 +607,16 @@ class Importer:
             flags,
         )
 
+    def _recognised(
+        self, walk: _Walk, target: Target, parcel: Parcel, handle: str, how: str, replaced: Copy | None
+    ) -> Copy:
+        """A row for a message that is there; flags of the source that it may not have are added."""
+        copy = self._copied(walk, target, parcel, handle, how)
+        copy = replace(copy, flags=replaced.flags if replaced is not None else ())
+        if copy.flags != parcel.message.flags:
+            walk.flags.setdefault(target.name, []).append((copy, parcel.message.flags))
+        return copy
+
     def _refusal(self, walk: _Walk, target: Target, message: Message, reason: str) -> Copy:
         return Copy(
             walk.row.id,
@@ -656,11 +666,16 @@ class Importer:
                 parcel = Parcel(message, copy.size, copy.sha256)
                 found = await self._recognise(target, parcel)
                 if found is not None:
-                    made.append(self._copied(walk, target, parcel, found[0], found[1]))
+                    made.append(self._recognised(walk, target, parcel, *found))
                     self._count(found[1], 0)
                 else:
                     from_there[copy.handle] = copy
-            linked = await self._sink.link(first, list(from_there), name) if from_there else {}
+            linked: Mapping[str, str] = {}
+            if from_there:
+                try:
+                    linked = await self._sink.link(first, list(from_there), name)
+                except Refused as error:
+                    self.counters.note(f"{name}: {said(error.status)}")
             for handle, copy in from_there.items():
                 if handle in linked:
                     made.append(replace(copy, target_id=target.row.id, handle=linked[handle], how=LINKED))
@@ -679,17 +694,21 @@ class Importer:
         """Carry what changed at the source, and leave what the destination's owner changed."""
         for name, changed in walk.flags.items():
             await self._open_target(name)
-            await self._sink.flag(
-                name,
-                (
+            try:
+                await self._sink.flag(
+                    name,
                     (
-                        copy.handle,
-                        frozenset(flags) - frozenset(copy.flags),
-                        frozenset(copy.flags) - frozenset(flags),
-                    )
-                    for copy, flags in changed
-                ),
-            )
+                        (
+                            copy.handle,
+                            frozenset(flags) - frozenset(copy.flags),
+                            frozenset(copy.flags) - frozenset(flags),
+                        )
+                        for copy, flags in changed
+                    ),
+                )
+            except Refused as error:
+                self._differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
+                continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
 

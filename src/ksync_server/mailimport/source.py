@@ -273,17 +273,24 @@ class Source:
         with path.open("ab") as file:
             while True:
                 at = file.seek(0, 2)
-                came, there = 0, False
+                came, has_begun, there = 0, False, False
                 part = f"(UID BODY.PEEK[]<{at}.{_PART_BYTES}>)"
                 async for each in await self.connection.stream("UID FETCH", str(message.uid), part):
                     if isinstance(each, Start) and at + each.size > self._settings.message_bytes:
                         self.connection.abort()
                         raise Poisoned([message], f"longer than {self._settings.message_bytes} bytes")
+                    has_begun |= isinstance(each, Start)
                     if isinstance(each, Piece):
                         file.write(each.data)
                         came += len(each.data)
                     elif isinstance(each, Fetched):
-                        there = there or any(name.startswith("BODY[]") for name in each.found)
+                        bodies = [each.found[name] for name in each.found if name.startswith("BODY[]")]
+                        for body in bodies:
+                            if isinstance(body, bytes):  # a short one may come in quotes
+                                file.write(body)
+                                came += len(body)
+                            # NIL: the server cannot read it; some say it of what is behind the end.
+                            there |= has_begun or isinstance(body, bytes) or 0 < message.size <= at
                         if "BODY[]" in each.found and at and came:
                             file.truncate(at)
                             raise Temporary("the server gives no parts of a message")
