@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from conformance.imap_server import Account
+from conformance.imap_server import Account, Server, serving
 from ksync_server import jobs, settings
 from ksync_server.auth.keys import Keys, KeySet
 from ksync_server.jobs import Handler, Runner
@@ -110,6 +111,57 @@ class Desk:
         report = self.imported(number).report
         assert report is not None, self.job(number)
         return report
+
+
+@dataclass
+class Move:
+    """An import from one server to another, or into a Maildir, in one pass or several."""
+
+    desk: Desk
+    there: int
+    here: int | Path
+    number: int | None = None
+
+    def order(self, **more: Any) -> int:
+        """Queue a pass."""
+        self.number = self.desk.order(self.there, self.here, again=self.number, **more)
+        return self.number
+
+    def go(self, **more: Any) -> dict[str, Any]:
+        """A whole pass; its report."""
+        self.order(**more)
+        self.desk.work()
+        report = self.imported.report
+        assert report is not None, self.desk.job(self.number or 0)
+        return report
+
+    @property
+    def imported(self) -> records.Import:
+        """The import as it is now."""
+        return self.desk.imported(self.number or 0)
+
+    @property
+    def state(self) -> str:
+        """Its state."""
+        return self.imported.state
+
+
+@contextlib.contextmanager
+def moving(
+    database: Database, folder: Path, source: Server, target: Server | Path, **changed: Any
+) -> Iterator[Move]:
+    """Two servers that run; settings may be changed."""
+    with contextlib.ExitStack() as stack:
+        there = stack.enter_context(serving(source))
+        here = target if isinstance(target, Path) else stack.enter_context(serving(target))
+        yield Move(desk(database, folder, **changed), there, here)
+
+
+def exact(report: Mapping[str, Any], count: int, *, found: int | None = None) -> None:
+    """So many messages came, nothing was refused and nothing is different."""
+    said = {name: report[name] for name in ("found", "copied", "refused", "different", "problem")}
+    wanted = {"found": count if found is None else found, "copied": count, "refused": 0}
+    assert said == {**wanted, "different": 0, "problem": ""}, report["differences"] + report["refusals"]
 
 
 def _server(port: int, user: str) -> dict[str, object]:

@@ -43,6 +43,7 @@ _READ = 64 << 10  # asked of zlib at once
 _SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
 _BODY = re.compile(rb"(?:^|[ (])BODY\[[^\]]*\](?:<\d+>)?[ ]\Z", re.I)
 _UID = re.compile(rb"[( ]UID (\d{1,10})[ )]", re.I)
+_PARTS = 1000  # messages of which something was said, and something not
 _WATCH_S = 1.0
 _FAR_S = 0.01  # seconds to connect from which on compression pays
 
@@ -194,6 +195,32 @@ class Stream:
             yield each
         if each.status.word != "OK":
             raise Refused(self.name, each.status)
+
+
+async def together(stream: Stream, names: frozenset[str]) -> AsyncIterator[dict[str, Value]]:
+    """Messages of which a server has said all of `names`, in one answer or in several.
+
+    Raises:
+        Refused, RemoteError: as `Stream`.
+
+    Spec: RFC 3501 §7.4.2; an answer with fewer may be about a message that was not asked for.
+    """
+    parts: dict[int, dict[str, Value]] = {}  # by the message's number
+    async for each in stream:
+        if isinstance(each, Data) and each.name == "EXPUNGE" and each.number:
+            gone = each.number
+            parts = {at - (at > gone): part for at, part in parts.items() if at != gone}
+        if not isinstance(each, Fetched):
+            continue
+        found = each.found
+        if not names <= found.keys():
+            found = parts.pop(each.number, {}) | found
+            if not names <= found.keys():
+                parts[each.number] = found
+                if len(parts) > _PARTS:
+                    del parts[next(iter(parts))]
+                continue
+        yield found
 
 
 @dataclass(slots=True)

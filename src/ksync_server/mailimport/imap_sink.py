@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 from ksync_server.errors import BadRequest, Temporary
-from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said
+from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said, together
 from ksync_server.mailimport.sinks import (
     Full,
     Held,
@@ -22,6 +22,7 @@ from ksync_server.mailimport.sinks import (
     Room,
     Seen,
     Stranger,
+    Unmade,
     Unwanted,
     canonical,
 )
@@ -32,6 +33,8 @@ _FULL = frozenset({"OVERQUOTA"})
 _FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
 _PIECE = 64 << 10  # read from a file and sent at once
 _AT_ONCE = 500  # messages of one COPY
+_SYSTEM = frozenset({"\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Seen"})
+_ITEMS = frozenset({"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"})
 _LOOK = "(UID FLAGS INTERNALDATE RFC822.SIZE)"
 _LIST = 'LIST "" "*"'
 
@@ -119,7 +122,8 @@ class ImapSink:
             await self._connection.ask("CREATE", encoded)
         except Refused as error:
             if error.status.code != "ALREADYEXISTS":
-                raise
+                self._raise_where_temporary(error)
+                raise Unmade(f"the destination: {error}") from None
         with contextlib.suppress(Refused):
             await self._connection.ask("SUBSCRIBE", encoded)
         return await self._status(encoded)
@@ -162,13 +166,10 @@ class ImapSink:
                 yield found
 
     async def _seen(self, uids: str) -> AsyncIterator[tuple[str, Seen]]:
-        async for each in await self._connection.stream("UID FETCH", uids, _LOOK):
-            if isinstance(each, Fetched):
-                found = each.found
-                if {"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"} <= found.keys():
-                    date = imap.internal_date(found["INTERNALDATE"])
-                    size = imap.number(found["RFC822.SIZE"])
-                    yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
+        async for found in together(await self._connection.stream("UID FETCH", uids, _LOOK), _ITEMS):
+            date = imap.internal_date(found["INTERNALDATE"])
+            size = imap.number(found["RFC822.SIZE"])
+            yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
 
     async def digests(
         self, name: str, handles: Iterable[str], *, as_stored: bool = False
@@ -190,33 +191,50 @@ class ImapSink:
     # -- what is added ----------------------------------------------------------------------------
 
     async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
-        """See `Sink`."""
+        """See `Sink`.
+
+        Spec: RFC 3502 §6.3.11: a message without a byte would cancel all that goes with it.
+        """
+        filled = [parcel for parcel in parcels if parcel.size]
+        if any(flag not in _SYSTEM for parcel in filled for flag in parcel.message.flags):
+            await self._select(name)  # it says which keywords it keeps
+        placed = iter(await self._put(name, filled) if filled else ())
+        return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
+
+    async def _put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
         if len(parcels) == 1:
             return [await self._put_one(name, parcels[0])]
         if "MULTIAPPEND" not in self._connection.capabilities:
             return [await self._put_one(name, parcel) for parcel in parcels]
         try:
-            return [Placed(uid) for uid in await self._append(name, parcels)]
+            uids = await self._append(name, parcels)
         except Refused as error:
             self._raise_where_temporary(error)
+        else:
+            return [Placed(uid, self._lost(parcel)) for uid, parcel in zip(uids, parcels, strict=True)]
         # Nothing of a refused batch is there (RFC 3502 §3): halves of it find the message that is not wanted.
         half = len(parcels) // 2
-        return [*await self.put(name, parcels[:half]), *await self.put(name, parcels[half:])]
+        return [*await self._put(name, parcels[:half]), *await self._put(name, parcels[half:])]
 
     async def _put_one(self, name: str, parcel: Parcel) -> Placed | Unwanted:
         try:
-            return Placed((await self._append(name, [parcel]))[0])
+            return Placed((await self._append(name, [parcel]))[0], self._lost(parcel))
         except Refused as error:
             self._raise_where_temporary(error)
             refusal = error
-        system = tuple(flag for flag in parcel.message.flags if flag.startswith("\\"))
-        lost = tuple(flag for flag in parcel.message.flags if not flag.startswith("\\"))
-        if lost and refusal.status.code not in ("TOOBIG", "LIMIT"):
+        flags = parcel.message.flags
+        system = tuple(flag for flag in flags if flag in _SYSTEM)
+        if len(system) < len(flags) and refusal.status.code not in ("TOOBIG", "LIMIT"):
             try:
-                return Placed((await self._append(name, [parcel], flags=system))[0], lost)
+                uid = (await self._append(name, [parcel], flags=system))[0]
+                return Placed(uid, tuple(flag for flag in flags if flag not in _SYSTEM))
             except Refused as error:
                 self._raise_where_temporary(error)
         return Unwanted(said(refusal.status))
+
+    def _lost(self, parcel: Parcel) -> tuple[str, ...]:
+        """Flags that the folder at hand has no place for."""
+        return tuple(flag for flag in parcel.message.flags if not self._keeps(flag))
 
     def _raise_where_temporary(self, error: Refused) -> None:
         """What is no matter of the message.
@@ -252,7 +270,7 @@ class ImapSink:
         for parcel in parcels:
             message = parcel.message
             wanted = message.flags if flags is None else flags
-            kept = " ".join(flag for flag in wanted if imap.is_flag(flag))
+            kept = " ".join(flag for flag in wanted if self._keeps(flag))
             date = imap.write_date(message.received).decode("ascii")
             connection.write(f" ({kept}) {date}".encode("ascii"))
             if not await connection.literal(parcel.size, pending):
@@ -327,7 +345,7 @@ class ImapSink:
         groups: dict[tuple[str, frozenset[str]], list[int]] = {}
         for handle, added, removed in changes:
             for sign, flags in (("+", added), ("-", removed)):
-                kept = frozenset(flag for flag in flags if imap.is_flag(flag) and self._keeps(flag))
+                kept = frozenset(flag for flag in flags if self._keeps(flag))
                 if kept:
                     groups.setdefault((sign, kept), []).append(int(handle))
         for (sign, flags), uids in groups.items():
@@ -341,7 +359,9 @@ class ImapSink:
                     raise
 
     def _keeps(self, flag: str) -> bool:
-        return self._permitted is None or flag.lower() in self._permitted
+        if flag in _SYSTEM:
+            return True
+        return imap.is_flag(flag) and (self._permitted is None or flag.lower() in self._permitted)
 
     async def close(self) -> None:
         """See `Sink`."""

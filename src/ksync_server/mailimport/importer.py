@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,7 @@ from ksync_server.mailimport import records
 from ksync_server.mailimport.connection import Refused, is_temporary, said
 from ksync_server.mailimport.plan import Folder, Map, Options
 from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, THERE, Copy, SourceFolder, TargetFolder
-from ksync_server.mailimport.sinks import Held, Message, Parcel, Placed, Seen, Sink, canonical
+from ksync_server.mailimport.sinks import Held, Message, Parcel, Placed, Seen, Sink, Unmade, canonical
 from ksync_server.mailimport.source import Bodies, Poisoned, Source
 from ksync_server.store.database import Database, Write
 
@@ -195,7 +195,6 @@ class Importer:
             Left: from the job's checkpoints.
         """
         number = self._import.id
-        sources = await self._read(records.sources, number)
         self._known = await self._read(records.targets, number)
         self._names = {row.id: name for name, row in self._known.items()}
         chosen = self._choose(folders)
@@ -204,6 +203,7 @@ class Importer:
         self._total_bytes = sum(folder.size or 0 for folder in chosen)
         if self._is_first_run:  # what was refused in an earlier pass is tried again
             await self._commit(records.drop_refused, number)
+        sources = await self._read(records.sources, number)
         for folder in chosen:
             row = sources.get(folder.name)
             if row is not None and (row.id in self._settled or _is_unchanged(folder, row)):
@@ -252,21 +252,23 @@ class Importer:
             row = await self._write(records.add_source, number, folder.name, folder.uid_validity)
         elif await self._reopen_targets(row):
             row = replace(row, uid_next=0, modseq=0)
+        is_whole = True
         if row.uid_next > 1 and _has_changed(folder, row):
             since = row.modseq if folder.modseq else 0
             step = row.uid_next if since else _SCAN_UIDS
             for first in range(1, row.uid_next, step):
                 changed = await self._source.scan(first, min(first + step, row.uid_next) - 1, since=since)
                 for at in range(0, len(changed), _SCAN_UIDS):
-                    await self._stretch(row, route, changed[at : at + _SCAN_UIDS])
+                    is_whole &= await self._stretch(row, route, changed[at : at + _SCAN_UIDS])
         for first in range(max(row.uid_next, 1), folder.uid_next, _SCAN_UIDS):
             last = min(first + _SCAN_UIDS, folder.uid_next) - 1
-            await self._stretch(row, route, await self._source.scan(first, last))
-            if (
-                last + 1 < folder.uid_next
-            ):  # the rest is still to come, so the numbers say that it is not done
+            is_whole &= await self._stretch(row, route, await self._source.scan(first, last))
+            # The rest is still to come, so the numbers say that it is not done.
+            if is_whole and last + 1 < folder.uid_next:
                 row = replace(row, uid_next=last + 1, messages=-1, modseq=folder.modseq)
                 await self._commit(records.settle_source, row)
+        if not is_whole:  # another pass tries it again
+            return
         row = replace(row, uid_next=folder.uid_next, messages=folder.messages, modseq=folder.modseq)
         if not folder.modseq:
             self._settled.append(row.id)
@@ -282,13 +284,16 @@ class Importer:
             made_anew |= self._known[name].uid_validity != before.uid_validity
         return made_anew
 
-    async def _stretch(self, row: SourceFolder, route: _Route, messages: Sequence[Message]) -> None:
+    async def _stretch(self, row: SourceFolder, route: _Route, messages: Sequence[Message]) -> bool:
         """Do all there is to do for some messages of a folder, the proof included.
+
+        Returns:
+            Whether none of them is without its place.
 
         Cost: their rows and what the scan said of them in memory, 1 KiB each.
         """
         if not messages:
-            return
+            return True
         walk = _Walk(row, route)
         first, last = messages[0].uid, messages[-1].uid
         for copy in await self._read(records.copies, row.id, first, last):
@@ -297,6 +302,7 @@ class Importer:
         await self._links(walk)
         await self._flags(walk)
         await self._check(walk)
+        return walk.is_whole
 
     # -- bodies -------------------------------------------------------------------------------------
 
@@ -319,7 +325,11 @@ class Importer:
                 if have and name not in have:
                     walk.links.setdefault((next(iter(have)), name), []).append(message)
         for name, messages in wanted.items():
-            await self._copy(walk, name, messages)
+            try:
+                await self._copy(walk, name, messages)
+            except Unmade as error:
+                walk.is_whole = False
+                self._differs(name, f"{len(messages)} messages have no place: {error}")
 
     async def _copy(self, walk: _Walk, name: str, messages: Sequence[Message]) -> None:
         """Fetch and place messages of one destination, the two at the same time."""
@@ -396,6 +406,7 @@ class Importer:
         if each.refused is not None and is_temporary(each.refused):
             raise Temporary(f"the source: {said(each.refused)}")
         reading.missing += each.missing
+        self._window.leave(sum(message.size for message in each.missing))
 
     async def _drain(self, reading: _Reading) -> None:
         """Take all that was asked for; what did not come with the others is asked for alone."""
@@ -403,6 +414,7 @@ class Importer:
             await self._take(reading)
         missing, reading.missing = reading.missing, []
         for message in missing:
+            await self._window.enter(message.size)
             await reading.bodies.ask([message])
             reason = "the server does not give it"
             while isinstance(each := await reading.bodies.take(), Parcel):
@@ -500,7 +512,7 @@ class Importer:
                 new.append(parcel)
                 continue
             handle, how, replaced = found
-            made.append(self._copied(walk, target, parcel, handle, how))
+            made.append(self._recognised(walk, target, parcel, handle, how, replaced))
             if replaced is not None:
                 dropped.append(replaced)
             self._count(how, 0)
@@ -595,6 +607,16 @@ class Importer:
             flags,
         )
 
+    def _recognised(
+        self, walk: _Walk, target: Target, parcel: Parcel, handle: str, how: str, replaced: Copy | None
+    ) -> Copy:
+        """A row for a message that is there; flags of the source that it may not have are added."""
+        copy = self._copied(walk, target, parcel, handle, how)
+        copy = replace(copy, flags=replaced.flags if replaced is not None else ())
+        if copy.flags != parcel.message.flags:
+            walk.flags.setdefault(target.name, []).append((copy, parcel.message.flags))
+        return copy
+
     def _refusal(self, walk: _Walk, target: Target, message: Message, reason: str) -> Copy:
         return Copy(
             walk.row.id,
@@ -626,7 +648,12 @@ class Importer:
     async def _links(self, walk: _Walk) -> None:
         """Put messages into further folders without sending their bytes again."""
         for (first, name), messages in walk.links.items():
-            source, target = await self._open_target(first), await self._open_target(name)
+            try:
+                source, target = await self._open_target(first), await self._open_target(name)
+            except Unmade as error:
+                walk.is_whole = False
+                self._differs(name, f"{len(messages)} messages could not be added: {error}")
+                continue
             from_there: dict[str, Copy] = {}
             made: list[Copy] = []
             for message in messages:
@@ -639,11 +666,16 @@ class Importer:
                 parcel = Parcel(message, copy.size, copy.sha256)
                 found = await self._recognise(target, parcel)
                 if found is not None:
-                    made.append(self._copied(walk, target, parcel, found[0], found[1]))
+                    made.append(self._recognised(walk, target, parcel, *found))
                     self._count(found[1], 0)
                 else:
                     from_there[copy.handle] = copy
-            linked = await self._sink.link(first, list(from_there), name) if from_there else {}
+            linked: Mapping[str, str] = {}
+            if from_there:
+                try:
+                    linked = await self._sink.link(first, list(from_there), name)
+                except Refused as error:
+                    self.counters.note(f"{name}: {said(error.status)}")
             for handle, copy in from_there.items():
                 if handle in linked:
                     made.append(replace(copy, target_id=target.row.id, handle=linked[handle], how=LINKED))
@@ -662,17 +694,21 @@ class Importer:
         """Carry what changed at the source, and leave what the destination's owner changed."""
         for name, changed in walk.flags.items():
             await self._open_target(name)
-            await self._sink.flag(
-                name,
-                (
+            try:
+                await self._sink.flag(
+                    name,
                     (
-                        copy.handle,
-                        frozenset(flags) - frozenset(copy.flags),
-                        frozenset(copy.flags) - frozenset(flags),
-                    )
-                    for copy, flags in changed
-                ),
-            )
+                        (
+                            copy.handle,
+                            frozenset(flags) - frozenset(copy.flags),
+                            frozenset(copy.flags) - frozenset(flags),
+                        )
+                        for copy, flags in changed
+                    ),
+                )
+            except Refused as error:
+                self._differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
+                continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
 
@@ -812,6 +848,7 @@ class _Walk:
     links: dict[tuple[str, str], list[Message]] = field(default_factory=dict)  # (from, to)
     flags: dict[str, list[tuple[Copy, tuple[str, ...]]]] = field(default_factory=dict)
     linked: set[tuple[int, int]] = field(default_factory=set)  # (UID, target), in this run
+    is_whole: bool = True  # no message is without its place
 
 
 def _is_unchanged(folder: Folder, before: SourceFolder) -> bool:

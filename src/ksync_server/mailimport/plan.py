@@ -57,6 +57,7 @@ class Folder:
     messages: int = 0
     modseq: int = 0  # 0 = the server has none
     size: int | None = None  # bytes; None = the server does not say without being asked for each message
+    wire: bytes = b""  # the name as the server has it; "" = as `name` says
 
 
 @dataclass(frozen=True, slots=True)

@@ -395,9 +395,14 @@ def add_copies(tx: Write, made: Iterable[Copy]) -> None:
 
 
 def drop_refused(tx: Write, number: int) -> None:
-    """What was refused is tried again."""
+    """What was refused is tried again, so the folders are read again from there on."""
     ours = sa.select(_source.c.id).where(_source.c.import_id == number)
-    tx.execute(sa.delete(_copy).where(_copy.c.source_id.in_(ours), _copy.c.how == REFUSED))
+    which = sa.and_(_copy.c.source_id.in_(ours), _copy.c.how == REFUSED)
+    first = sa.select(_copy.c.source_id, sa.func.min(_copy.c.uid)).where(which).group_by(_copy.c.source_id)
+    for source_id, uid in map(tuple, tx.execute(first).all()):
+        further = sa.update(_source).where(_source.c.id == source_id, _source.c.uid_next > uid)
+        tx.execute(further.values(uid_next=uid, messages=-1))
+    tx.execute(sa.delete(_copy).where(which))
 
 
 def drop(tx: Write, gone: Iterable[Copy]) -> None:

@@ -80,6 +80,10 @@ class Full(RemoteError):
     """The destination has no room now; nothing of what was asked is there."""
 
 
+class Unmade(RemoteError):
+    """The destination does not make this folder, and will not."""
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """Bytes in use, and how many may be."""
@@ -122,7 +126,12 @@ class Sink(Protocol):
         """Its quota, None where it has none."""
 
     async def ensure(self, name: str) -> Held:
-        """Make a folder where it is missing, subscribed to, and say how it is."""
+        """Make a folder where it is missing, subscribed to, and say how it is.
+
+        Raises:
+            Unmade: the destination will not have it.
+            RemoteError: the destination failed.
+        """
 
     async def strangers(self, name: str, since: int) -> list[Stranger]:
         """Messages of a folder from a UID on; all of them where messages have no UID."""

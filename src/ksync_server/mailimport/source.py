@@ -7,12 +7,12 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import KsyncError, Permanent, Temporary
-from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, Refused, Start
+from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, Refused, Start, together
 from ksync_server.mailimport.plan import Folder, label
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
@@ -21,7 +21,8 @@ from ksync_server.wire.imap import Data, Fetched, Status
 _STATUS_AT_ONCE = 20
 _PART_BYTES = 16 << 20  # of a long message, asked for at once
 _SUBJECT_BYTES = 4096
-_SCAN = "UID FLAGS INTERNALDATE RFC822.SIZE"
+_SCAN = ("UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE")
+_GMAIL = ("X-GM-LABELS", "X-GM-MSGID")
 
 
 class Poisoned(KsyncError):
@@ -158,15 +159,15 @@ class Source:
             if attributes & {"\\noselect", "\\nonexistent"}:
                 continue
             separator = "" if each.values[1] is None else connection.decoded(each.values[1])
-            name = connection.decoded(each.values[2])
-            found[name] = Folder(name, separator, attributes)
+            name, wire = connection.decoded(each.values[2]), imap.string(each.values[2])
+            found[name] = Folder(name, separator, attributes, wire=wire)
             if len(found) > self._settings.folders:
                 raise Permanent(f"The source has more than {self._settings.folders} folders.")
         said_already = dict(map(self._status, reply.named("STATUS")))
-        missing = [name for name in found if name not in said_already]
+        missing = [folder for name, folder in found.items() if name not in said_already]
         for at in range(0, len(missing), _STATUS_AT_ONCE):
             some = missing[at : at + _STATUS_AT_ONCE]
-            sent = [await connection.send("STATUS", connection.encoded(name), status) for name in some]
+            sent = [await connection.send("STATUS", folder.wire, status) for folder in some]
             for pending in sent:
                 with contextlib.suppress(Refused):  # a folder that cannot be asked is said to be empty
                     for each in (await connection.answer(pending)).named("STATUS"):
@@ -193,7 +194,8 @@ class Source:
             RemoteError: it cannot be opened, or the server failed.
         """
         condstore = ["(CONDSTORE)"] if "CONDSTORE" in self.connection.capabilities else []
-        reply = await self.connection.ask("EXAMINE", self.connection.encoded(folder.name), *condstore)
+        wire = folder.wire or self.connection.encoded(folder.name)
+        reply = await self.connection.ask("EXAMINE", wire, *condstore)
         numbers = {
             each.name.strip("[]"): imap.number(each.values[0])
             for each in reply.data
@@ -215,19 +217,17 @@ class Source:
 
         Cost: one command; 400 bytes a message.
         """
-        items = f"({_SCAN} X-GM-LABELS X-GM-MSGID)" if self.is_gmail else f"({_SCAN})"
+        names = _SCAN + _GMAIL if self.is_gmail else _SCAN
         changed = f" (CHANGEDSINCE {since})" if since else ""
-        found = []
-        async for each in await self.connection.stream("UID FETCH", f"{first}:{last}", items + changed):
-            if isinstance(each, Fetched):
-                message = self._message(each.found)
-                if message is not None and first <= message.uid <= last:
-                    found.append(message)
-        return sorted(found, key=lambda message: message.uid)
+        stream = await self.connection.stream("UID FETCH", f"{first}:{last}", f"({' '.join(names)}){changed}")
+        found = {}
+        async for each in together(stream, frozenset(names)):
+            message = self._message(each)
+            if first <= message.uid <= last:
+                found[message.uid] = message
+        return [found[uid] for uid in sorted(found)]
 
-    def _message(self, found: dict[str, imap.Value]) -> Message | None:
-        if not {"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"} <= found.keys():
-            return None  # unasked for: the flags of another message changed
+    def _message(self, found: dict[str, imap.Value]) -> Message:
         labels = found.get("X-GM-LABELS")
         return Message(
             imap.number(found["UID"]),
@@ -274,17 +274,24 @@ class Source:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
             while True:
                 at = file.seek(0, 2)
-                came, there = 0, False
+                came, has_begun, there = 0, False, False
                 part = f"(UID BODY.PEEK[]<{at}.{_PART_BYTES}>)"
                 async for each in await self.connection.stream("UID FETCH", str(message.uid), part):
                     if isinstance(each, Start) and at + each.size > self._settings.message_bytes:
                         self.connection.abort()
                         raise Poisoned([message], f"longer than {self._settings.message_bytes} bytes")
+                    has_begun |= isinstance(each, Start)
                     if isinstance(each, Piece):
                         file.write(each.data)
                         came += len(each.data)
                     elif isinstance(each, Fetched):
-                        there = there or any(name.startswith("BODY[]") for name in each.found)
+                        bodies = [each.found[name] for name in each.found if name.startswith("BODY[]")]
+                        for body in bodies:
+                            if isinstance(body, bytes):  # a short one may come in quotes
+                                file.write(body)
+                                came += len(body)
+                            # NIL: the server cannot read it; some say it of what is behind the end.
+                            there |= has_begun or isinstance(body, bytes) or 0 < message.size <= at
                         if "BODY[]" in each.found and at and came:
                             file.truncate(at)
                             raise Temporary("the server gives no parts of a message")
@@ -306,16 +313,13 @@ class Source:
 
 
 def _with(folder: Folder, numbers: dict[str, int]) -> Folder:
-    size = numbers.get("SIZE")
-    return Folder(
-        folder.name,
-        folder.separator,
-        folder.attributes,
-        numbers.get("UIDVALIDITY", folder.uid_validity),
-        numbers.get("UIDNEXT", folder.uid_next),
-        numbers.get("MESSAGES", folder.messages),
-        numbers.get("HIGHESTMODSEQ", folder.modseq),
-        folder.size if size is None else size,
+    return replace(
+        folder,
+        uid_validity=numbers.get("UIDVALIDITY", folder.uid_validity),
+        uid_next=numbers.get("UIDNEXT", folder.uid_next),
+        messages=numbers.get("MESSAGES", folder.messages),
+        modseq=numbers.get("HIGHESTMODSEQ", folder.modseq),
+        size=numbers.get("SIZE", folder.size),
     )
 
 

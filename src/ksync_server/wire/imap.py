@@ -97,7 +97,7 @@ class Framer:
             stop = data.find(b"\n", at)
             if stop < 0:
                 self._held += memoryview(data)[at:]
-                self._check(len(self._held))
+                self._check(len(self._held) - self._held.endswith(b"\r"))
                 return
             if self._held:
                 self._held += memoryview(data)[at:stop]
@@ -244,14 +244,13 @@ Response = Status | Data | Fetched | Continue
 
 # What all servers say of plain messages, at a third of the cost of `values`; anything else goes there.
 _PLAIN_FETCH = re.compile(
-    rb"""\*\x20(\d{1,10})\x20FETCH\x20\((?:
+    rb"""\*\x20(\d{1,10})\x20FETCH\x20\((?:(?:
         UID\x20(?P<uid>\d{1,10})
         | FLAGS\x20\((?P<flags>[\x20\x21\x23-\x27\x2a-\x5a\\\x5e-\x7e]*)\)
         | INTERNALDATE\x20"(?P<date>[0-9A-Za-z:\x20+-]{1,40})"
         | RFC822\.SIZE\x20(?P<size>\d{1,18})
-        | BODY\[\]\x20(?P<body>\Z)
-        | \x20
-    )++(?P<end>\))?\Z""",
+        | BODY\[\](?P<body>(?=\x20\Z))
+    )(?:\x20|(?=\))))++(?P<end>\))?\Z""",
     re.VERBOSE,
 )
 _STATUS = re.compile(rb"(?:\*|([A-Za-z0-9.]{1,40})) (OK|NO|BAD|BYE|PREAUTH)(?: (.*))?\Z", re.I | re.DOTALL)
@@ -303,7 +302,10 @@ def _plain(found: re.Match[bytes], pieces: list[bytes | Literal]) -> Fetched | N
     if uid:
         named["UID"] = uid.decode("ascii")
     if flags_ is not None:
-        named["FLAGS"] = [each.decode("ascii") for each in flags_.split()]
+        names = flags_.split()
+        if not _NIL.isdisjoint(names):
+            return None
+        named["FLAGS"] = [each.decode("ascii") for each in names]
     if date is not None:
         named["INTERNALDATE"] = date
     if size:
@@ -528,7 +530,7 @@ def internal_date(value: Value) -> datetime:
         zone = _zone(found[7], found[8], found[9]) if found[7] else UTC
         day = (int(found[3]), month, int(found[1]), int(found[4]), int(found[5]), min(int(found[6]), 59))
         moment = datetime(*day, tzinfo=zone)
-        moment.timestamp()  # year 1 with a zone has no UTC
+        moment.astimezone(UTC)  # at either end of time there is none
     except (ValueError, OverflowError):
         raise BadRequest(f"No date and time: {text[:40]!r}") from None
     return moment
@@ -552,16 +554,17 @@ def write_date(moment: datetime) -> bytes:
 
 
 def decode_name(data: bytes, *, utf8: bool = False) -> str:
-    """A mailbox's name; `encode_name` of it is the same bytes again, whatever they are.
+    """A mailbox's name as text that can be shown and kept.
 
-    What is no modified UTF-7 stays as it is; bytes that are no ASCII are read as UTF-8 where they are that.
+    `encode_name` gives the same bytes for all but what no server should send: control characters, and bytes
+    that are no ASCII. Those are read as UTF-8 where they are that; what is no modified UTF-7 stays as it is.
 
     Args:
         utf8: UTF8=ACCEPT is on: names are UTF-8 and `&` has no meaning.
 
     Spec: RFC 3501 §5.1.3, RFC 6855 §3.
     """
-    plain = data.decode("utf-8", "surrogateescape")
+    plain = data.decode("utf-8", "backslashreplace")
     if utf8 or b"&" not in data:
         return plain
     try:
@@ -572,11 +575,11 @@ def decode_name(data: bytes, *, utf8: bool = False) -> str:
 
 
 def encode_name(name: str, *, utf8: bool = False) -> bytes:
-    """A mailbox's name as the server has it; see `decode_name`."""
+    """A mailbox's name as a server has it; see `decode_name`."""
     if utf8 or all("\x20" <= mark <= "\x7e" and mark != "&" for mark in name):
-        return name.encode("utf-8", "surrogateescape")
+        return name.encode("utf-8")
     written = _PLAIN.sub(lambda found: found[0].replace("&", "&-") if found[1] else _encoded(found[0]), name)
-    return written.encode("utf-8", "surrogateescape")
+    return written.encode("ascii")
 
 
 _UTF7 = re.compile(r"&([A-Za-z0-9+,]*)-")
@@ -592,8 +595,4 @@ def _decoded(found: re.Match[str]) -> str:
 
 
 def _encoded(text: str) -> str:
-    if any(
-        "\ud800" <= mark <= "\udfff" for mark in text
-    ):  # bytes that were no UTF-8: they go back as they came
-        return text
     return "&" + b64encode(text.encode("utf-16-be")).decode("ascii").rstrip("=").replace("/", ",") + "-"
