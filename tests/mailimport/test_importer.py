@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from conformance import mail_corpus
 from conformance.imap_server import Account, Server, serving
 from ksync_server.store.database import Database
