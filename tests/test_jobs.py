@@ -254,6 +254,37 @@ def test_a_clock_that_jumps_does_not_take_a_job_from_a_living_worker(database: D
     assert runs == [number]
 
 
+def test_a_clock_that_is_set_back_by_a_day_holds_no_work_up(database: Database) -> None:
+    """As if everything was queued while the clock was a day ahead."""
+    work, day = [Periodic("sweep", 600, nothing), Periodic("nightly", 86_400, nothing, at_s=7200)], 86_400
+    jobs.ensure(database, work)
+    number, later, old = queue(database), queue(database, run_at=now(database) + 50), queue(database)
+    assert not jobs.catch_up(database, work)
+    for each in (t.job.c.run_at, t.job.c.created_at):
+        change(database, **{each.name: each + day})
+    change(database, old, created_at=now(database) - day, run_at=now(database) + day)
+    assert jobs.claim(database, ["work", "sweep"], lease_s=60) is None
+    assert jobs.catch_up(database, work)
+    assert not jobs.catch_up(database, work), "once"
+    assert row(database, number)["run_at"] <= now(database)
+    assert 45 <= row(database, later)["run_at"] - now(database) <= 50
+    assert row(database, old)["run_at"] > now(database) + 1000, "it may wait for another try"
+    with database.read() as tx:
+        rows = {each["kind"]: each["run_at"] - now(database) for each in jobs.list_jobs(tx)}
+        at = {each["kind"]: each["run_at"] for each in jobs.list_jobs(tx)}
+    assert rows["sweep"] <= 600
+    assert at["nightly"] % day == 7200
+    assert claimed(database).id == number
+
+
+def test_a_worker_notices_by_itself_that_the_clock_was_set_back(database: Database) -> None:
+    runs: list[int] = []
+    number = queue(database)
+    change(database, number, run_at=now(database) + 86_400, created_at=now(database) + 86_400)
+    with Running(runner(database, lambda job: runs.append(job.id), lease_s=0.3, poll_s=0.01)):
+        wait_until(lambda: runs == [number], "run")
+
+
 def test_the_job_of_a_worker_that_is_gone_goes_on_elsewhere(database: Database) -> None:
     number = queue(database)
     gone = Job(database, claimed(database))

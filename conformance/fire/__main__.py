@@ -1,10 +1,11 @@
-"""The server under fire, on SQLite and on PostgreSQL.
+"""The server under fire, on SQLite and on PostgreSQL, with bytes in files and on S3.
 
-    ./run conformance fire [PART ...] [--database sqlite|postgresql] [--kills N] [--requests N] [--seed N]
-                           [--set KEY=VALUE] [--bytes local|s3]
+    ./run conformance fire [PART ...] [--database sqlite|postgresql] [--bytes local|s3] [--errors SHARE]
+                           [--kills N] [--requests N] [--seed N] [--set KEY=VALUE]
 
-Each part starts servers of its own, under a load whose model knows every acknowledged write. `--set` gives
-the servers further settings. With `--bytes s3` large content goes to an S3 server (moto).
+Each part starts servers of its own, under a load whose model knows every acknowledged write. With `--bytes s3`
+large content goes to an S3 server (moto) behind a proxy; `--errors 0.05` lets 5 % of the requests to it fail.
+`--set` gives the servers further settings.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from conformance.fire.faults import full, outage, readonly
+from conformance.faults import Faults, faults
+from conformance.fire.faults import databasefull, full, outage, readonly, standby, store
 from conformance.fire.kills import kills
 from conformance.fire.reload import reload
 from conformance.fire.running import EXTENT_BYTES
 from conformance.fire.scene import Finding, Scene
 from conformance.servers import PostgreSQL, postgresql, s3
 
-PARTS = {"kills": kills, "reload": reload, "full": full, "outage": outage, "readonly": readonly}
+PARTS = {
+    "kills": kills,
+    "reload": reload,
+    "store": store,
+    "full": full,
+    "outage": outage,
+    "standby": standby,
+    "databasefull": databasefull,
+    "readonly": readonly,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--bytes", choices=("local", "s3"), default="local", help="where large content goes")
+    parser.add_argument("--errors", type=float, default=0.0, help="share of the requests to S3 that fail")
     parser.add_argument("--report", type=Path, help="write a JUnit report here")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - set(PARTS):
@@ -63,7 +75,7 @@ def play(part: str, database: str, chosen: argparse.Namespace) -> Sequence[Findi
     with (
         tempfile.TemporaryDirectory(prefix="ksync-fire-", ignore_cleanup_errors=True) as name,
         _database(database) as (url, server),
-        _bytes(chosen.bytes, Path(name)) as more,
+        _bytes(chosen.bytes, Path(name)) as (more, between),
     ):
         scene = Scene(
             Path(name),
@@ -74,22 +86,29 @@ def play(part: str, database: str, chosen: argparse.Namespace) -> Sequence[Findi
             chosen.requests,
             chosen.seed,
             (*more, *chosen.settings),
-            chosen.bytes == "local",
+            between,
+            chosen.errors,
         )
+        if between is not None:
+            between.plan = scene.plan
         try:
             return PARTS[part](scene)
         except (AssertionError, TimeoutError, RuntimeError) as error:
-            return [Finding(f"{part} came to its end", [repr(error)[:2000]])]
+            return [Finding(f"{part} came to its end", [repr(error)[-2000:]])]
 
 
 @contextlib.contextmanager
-def _bytes(kind: str, folder: Path) -> Iterator[Sequence[str]]:
-    """Settings for the store of bytes."""
+def _bytes(kind: str, folder: Path) -> Iterator[tuple[Sequence[str], Faults | None]]:
+    """Settings for the store of bytes, and what stands in front of it."""
     if kind == "local":
-        yield ()
+        yield (), None
         return
-    with s3() as server:
-        yield (*server.arguments(server.create(), folder), f"s3.extent_bytes={EXTENT_BYTES}")
+    with s3() as server, faults(server.endpoint) as between:
+        arguments = server.arguments(server.create(), folder)
+        yield (
+            (*arguments, f"s3.endpoint={between.endpoint}", f"s3.extent_bytes={EXTENT_BYTES}"),
+            between,
+        )
 
 
 @contextlib.contextmanager

@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 import time
 
-from conformance.fire import invariants
-from conformance.fire.faults import byte_findings
 from conformance.fire.load import Load
 from conformance.fire.running import VICTIMS, Server
-from conformance.fire.scene import Finding, Scene
+from conformance.fire.scene import Finding, Scene, whole
 
 QUICK_S = (0.1, 1.2)  # of load before a kill
 
@@ -19,7 +17,6 @@ def kills(scene: Scene) -> list[Finding]:
     chance = random.Random(scene.seed)
     done: dict[str, int] = {}
     with Server(scene.data, scene.settings) as server:
-        url = scene.url(server)
         with Load(server, may_refuse=True, seed=scene.seed) as load:
             found = []
             for number in range(scene.kills):
@@ -28,7 +25,7 @@ def kills(scene: Scene) -> list[Finding]:
                 what = server.kill(victim, chance.choice)
                 done[victim] = done.get(victim, 0) + 1
                 load.rest()
-                broken = load.violations + invariants.broken(url)
+                broken = load.violations + server.verify()
                 scene.say(f"kill {number + 1}: {what}; {load.acknowledged} acknowledged, {load.cuts} cut")
                 if broken:
                     found.append(Finding(f"kill {number + 1}, {what}", broken))
@@ -47,8 +44,7 @@ def kills(scene: Scene) -> list[Finding]:
         ),
         Finding("the load was mixed", _unmixed(counted)),
         Finding("no 500 and no traceback", [key for key in counted if key.endswith(" 500")] + errors[:3]),
-        Finding("rows agree with each other", invariants.broken(url)),
-        *byte_findings(scene, url),
+        *whole(server),
         Finding("a polite stop ends with 0", [] if status == 0 else [f"status {status}"]),
     ]
 

@@ -130,6 +130,8 @@ class Actor(threading.Thread):
         """Wait until a write is acknowledged again, then find out which of the states came about."""
         deadline = time.monotonic() + BACK_TIMEOUT_S
         while not self._fence():
+            if self._over.is_set():
+                return
             if time.monotonic() > deadline:
                 self._blame(f"no write was acknowledged for {BACK_TIMEOUT_S} s")
                 return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conformance.faults import PASS, Faults, Plan, shaky
 from conformance.fire.running import Server
 from conformance.servers import PostgreSQL
 
@@ -34,7 +36,8 @@ class Scene:
     requests: int = 10_000
     seed: int = 1
     more: Sequence[str] = ()  # further settings
-    local: bool = True  # bytes are files in the data folder, which the harness reads itself
+    store: Faults | None = None  # in front of the S3 server; None: bytes are files in the data folder
+    errors: float = 0.0  # the share of requests to it that fail
     said: list[str] = field(default_factory=list)
 
     @property
@@ -42,19 +45,29 @@ class Scene:
         return self.folder / "data"
 
     @property
-    def blobs(self) -> Path:
-        return self.data / "blobs"
-
-    @property
     def settings(self) -> list[str]:
         """For `--set`."""
         return [*([f"database.url={self.database_url}"] if self.database_url else []), *self.more]
 
-    def url(self, server: Server) -> str:
-        """The database's URL."""
-        return self.database_url or f"sqlite:///{server.data / 'ksync.db'}"
+    @property
+    def plan(self) -> Plan:
+        """How the S3 server answers while nothing else is asked of it."""
+        return shaky(self.errors, random.Random(self.seed)) if self.errors else lambda method, path: PASS
 
     def say(self, text: str) -> None:
         """Progress."""
         self.said.append(text)
         print(f"    {text}", flush=True)
+
+
+def whole(server: Server) -> list[Finding]:
+    """Rows and bytes of a server that has ended."""
+    deep = server.verify("--deep")
+    server.reap()
+    return [
+        Finding("verify --deep: every row agrees, every byte has its SHA-256", deep),
+        Finding(
+            "after reaping, the store has what rows name and nothing else",
+            server.verify("--set", "blobs.reap_after_s=0"),
+        ),
+    ]

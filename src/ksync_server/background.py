@@ -11,6 +11,7 @@ from ksync_server import jobs
 from ksync_server.app import Services
 from ksync_server.auth import audit, removal, rotation, throttle
 from ksync_server.dav import collections as dav_collections
+from ksync_server.drive import locks
 from ksync_server.drive import tree as drive_tree
 from ksync_server.jobs import Handler, Periodic
 from ksync_server.mail import sender
@@ -50,6 +51,9 @@ def periodic(services: Services, metrics: StoreMetrics | None = None) -> list[Pe
         while drive_tree.expire_trash(services.database, settings.drive, int(time.time())):
             pass
 
+    def shorten_locks() -> None:
+        services.database.write(lambda tx: locks.shorten(tx, int(time.time())))
+
     def purge_deleted() -> None:
         while dav_collections.purge_deleted(services.database):
             pass
@@ -68,6 +72,7 @@ def periodic(services: Services, metrics: StoreMetrics | None = None) -> list[Pe
         Periodic("blobs.scrub", _SCRUB_S, scrub_slice),
         Periodic("blobs.measure", 3600, measure),
         Periodic("drive.expire-trash", 3600, expire_trash),
+        Periodic("drive.shorten-locks", 3600, shorten_locks),
         Periodic("dav.purge-deleted", 3600, purge_deleted),
         Periodic("accounts.erase", 3600, erase_accounts),
         Periodic("keys.reseal", 3600, lambda: rotation.reseal(services.database, services.keys)),

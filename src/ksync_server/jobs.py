@@ -291,6 +291,22 @@ _SECRET = sa.select(_secret.sealed).where(
 _FORGET = sa.delete(t.job_secret).where(_secret.job_id == _id)
 _NOW = sa.select(Now())
 _ANY_DUE = sa.select(_job.c.id).where(_job.c.state == "ready", _job.c.run_at <= Now()).limit(1)
+_SKEW_S = 60
+_ready = _job.c.state == "ready"
+# Of a future that no wait explains: the clock was ahead and has been set back since.
+_too_late = sa.or_(
+    sa.and_(_is_once, _job.c.created_at > Now() + _SKEW_S),
+    _job.c.run_at > Now() + _job.c.every_s + _SKEW_S,
+)
+_ANY_TOO_LATE = sa.select(_job.c.id).where(_ready, _too_late).limit(1)
+_CATCH_UP = (
+    sa.update(_job)
+    .where(_ready, _too_late)
+    .values(
+        run_at=sa.case((_is_once, _job.c.run_at - (_job.c.created_at - Now())), else_=Now() + _job.c.every_s),
+        created_at=sa.case((_is_once, Now()), else_=_job.c.created_at),
+    )
+)
 _RUNNING = sa.select(_job.c.id, _job.c.kind, _job.c.fence, _job.c.lease_until).where(
     _job.c.state == "running"
 )
@@ -420,6 +436,23 @@ def ensure(database: Database, work: Iterable[Periodic]) -> None:
                 tx.fast(_RHYTHM, {"id_": found[0], "every_": each.every_s, "run_at_": at})
 
         database.write(put)
+
+
+def catch_up(database: Database, work: Iterable[Periodic]) -> bool:
+    """Where the clock was set back, move work that waits for its old time: once, whichever node comes first.
+
+    A job that waits for another try, queued before the clock was ahead, keeps its time.
+
+    Returns:
+        Whether there was such work.
+
+    Cost: a look at the ready jobs.
+    """
+    if not database.fast(_ANY_TOO_LATE):
+        return False
+    ensure(database, work)  # knows what lies on a grid
+    database.write(lambda tx: tx.fast(_CATCH_UP))
+    return True
 
 
 def _until(now: int, every_s: int, at_s: int) -> int:
@@ -816,6 +849,8 @@ class Runner:
                 if now >= due:
                     self._renew(list(self._active.values()))
                     self._watch()
+                    if catch_up(self._database, self._periodic.values()):
+                        log.warning("the clock was set back: due jobs go on")
                     due = now + third_s
                 else:
                     self._renew([job for job in list(self._active.values()) if job.is_unsaid])

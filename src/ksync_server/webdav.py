@@ -392,7 +392,8 @@ def check(given: Conditions, state: ResourceState, resolve: Resolve | None = Non
     """Every condition of a request that changes something, in the standard's order.
 
     If-Modified-Since means nothing here; If-Unmodified-Since means nothing beside If-Match or where there is
-    no modification date. Locks are `check_locks`.
+    no modification date. Dates are compared for equality: clients set our modification times and clocks go
+    back, so an earlier one may be newer, and a write on top of it would be lost. Locks are `check_locks`.
 
     Args:
         given: the request's conditions.
@@ -411,7 +412,7 @@ def check(given: Conditions, state: ResourceState, resolve: Resolve | None = Non
     elif (
         given.unmodified_since is not None
         and state.modified_at is not None
-        and state.modified_at > given.unmodified_since
+        and state.modified_at != given.unmodified_since
     ):
         raise PreconditionFailed("If-Unmodified-Since: the resource was changed.")
     if given.none_match is not None and _matches(given.none_match, state, weak=True):
@@ -420,7 +421,7 @@ def check(given: Conditions, state: ResourceState, resolve: Resolve | None = Non
 
 
 def not_modified(given: Conditions, state: ResourceState, resolve: Resolve | None = None) -> bool:
-    """Whether a GET or HEAD is answered 304.
+    """Whether a GET or HEAD is answered 304; a date has to be the very one, see `check`.
 
     Raises:
         PreconditionFailed: If-Match, If-Unmodified-Since or If is false.
@@ -431,7 +432,7 @@ def not_modified(given: Conditions, state: ResourceState, resolve: Resolve | Non
     if given.none_match is not None:
         return _matches(given.none_match, state, weak=True)
     if given.modified_since is not None and state.modified_at is not None:
-        return state.modified_at <= given.modified_since
+        return state.modified_at == given.modified_since
     return False
 
 

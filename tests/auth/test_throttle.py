@@ -156,6 +156,32 @@ def test_failures_of_another_time_are_forgotten(door: Door, hour: list[float]) -
     assert guesses(door, "nobody", 6, start=4) == ["401"] * 5 + ["429"]
 
 
+def test_a_clock_that_is_set_back_makes_no_block_longer_and_one_that_goes_ahead_ends_it(
+    door: Door, hour: list[float]
+) -> None:
+    assert guesses(door, "nobody", 6) == ["401"] * 5 + ["429"]
+    door.gate.flush()
+    hour[0] = -1800
+    assert guess(door, "nobody", "again") == "429", "nodes may differ by some minutes"
+    door.gate.flush()
+    hour[0] = -86_400
+    assert guesses(door, "nobody", 6, start=10) == ["401"] * 5 + ["429"]
+    door.gate.flush()
+    hour[0] = -86_400 + 3500
+    assert guess(door, "nobody", "once more") == "429", "its second block is four times longer all the same"
+    door.gate.flush()
+    hour[0] = 86_400
+    assert guesses(door, "nobody", 6, start=20) == ["401"] * 5 + ["429"]
+
+
+def test_failures_of_a_future_that_was_none_do_not_count(door: Door, hour: list[float]) -> None:
+    hour[0] = 86_400
+    assert guesses(door, "nobody", 4) == ["401"] * 4
+    door.gate.flush()
+    hour[0] = 0
+    assert guesses(door, "nobody", 6, start=4) == ["401"] * 5 + ["429"]
+
+
 def test_a_right_log_in_ends_the_count(door: Door) -> None:
     door.account()
     for _ in range(3):

@@ -113,6 +113,33 @@ def test_a_refreshed_lock_lives_on_from_now(files: Tree) -> None:
     assert files.covering("a", NOW + 150) == set()
 
 
+def test_a_lock_outlives_a_clock_that_goes_back_and_its_holder_refreshes_it(files: Tree) -> None:
+    lock, then = files.lock("a"), NOW - 86_400
+    assert files.covering("a", then) == {lock.token}
+    assert "<d:timeout>Second-60</d:timeout>" in locks.discovery_xml((lock,), "/".join, then)
+    files.drive.database.write(lambda tx: locks.refresh(tx, lock.token, 60, then))
+    assert files.covering("a", then + 59) == {lock.token}
+    assert files.covering("a", then + 60) == set()
+
+
+def test_a_lock_whose_holder_has_gone_shuts_nobody_out_for_as_long_as_the_clock_went_back(
+    files: Tree,
+) -> None:
+    kept, then = files.lock("a"), NOW - 86_400
+    shorten = files.drive.database.write(lambda tx: locks.shorten(tx, NOW - 600))
+    assert shorten == 0, "nodes may differ by some minutes"
+    assert files.drive.database.write(lambda tx: locks.shorten(tx, then)) == 1
+    assert files.covering("a", then + 59) == {kept.token}
+    assert files.covering("a", then + 60) == set()
+
+
+def test_a_lock_ends_where_the_clock_goes_ahead_and_its_token_opens_nothing_any_more(files: Tree) -> None:
+    files.lock("a")
+    assert files.covering("a", NOW + 86_400) == set()
+    other = files.lock("a/b", by=files.drive.bob)
+    assert files.covering("a/b") >= {other.token}
+
+
 def test_a_released_lock_is_gone(files: Tree) -> None:
     lock = files.lock("a")
     files.drive.database.write(lambda tx: locks.release(tx, lock.token))

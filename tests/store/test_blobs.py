@@ -102,7 +102,12 @@ def test_an_upload_that_cannot_be_erased_is_given_up_and_reaped_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", refuse)
+        writer = store.extents.create("ab" * 16)
+        writer.write(b"y")
+        writer.abort()
+        assert len(stored_keys(store)) == 4
         stage.abort()
+    store.extents.erase(["ab" * 16])
     assert len(stored_keys(store)) == 3
     assert database.fast(sa.select(t.stage.c.id)) == []
     assert store.reap() == 3

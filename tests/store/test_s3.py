@@ -201,9 +201,20 @@ def test_a_store_that_does_not_work_says_why(
     extents: S3Extents, between: Faults, outcome: int, word: str
 ) -> None:
     between.plan = lambda method, path: outcome
+    extents._settings = msgspec.structs.replace(extents._settings, patience_s=0.5)
     with pytest.raises(ConfigError, match=word):
         extents.check()
     assert word in (extents.problem() or "")
+
+
+@pytest.mark.parametrize("outcome", [500, 503, LOST, CUT])
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE", "POST"])
+def test_a_store_that_stumbles_while_it_is_tried_does_not_keep_the_server_from_starting(
+    extents: S3Extents, between: Faults, s3_server: S3, bucket: str, method: str, outcome: Any
+) -> None:
+    between.first(1, method, outcome)
+    extents.check()
+    assert s3_server.keys(bucket) == []
 
 
 def test_a_store_that_ignores_conditions_is_refused(

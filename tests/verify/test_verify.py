@@ -258,8 +258,13 @@ def _unreferenced(world: World) -> None:
 
 
 def _tombstone(world: World) -> None:
-    row = {"collection_id": world.calendar, "name": "kept.ics", "seq": 1, "at": 0}
+    row = {"collection_id": world.calendar, "name": "kept.ics", "seq": 2, "at": 0}
     world.run(sa.insert(t.tombstone), row)
+
+
+def _number_twice(world: World) -> None:
+    seq = sa.select(t.tombstone.c.seq).scalar_subquery()
+    world.run(sa.update(t.object_).where(t.object_.c.name == "kept.ics").values(seq=seq))
 
 
 def _garbage(world: World) -> None:
@@ -312,6 +317,12 @@ FAULTS: list[tuple[str, str, Break]] = [
         "collection-numbers",
         _set(t.collection, "seq", 1, lambda w: t.collection.c.kind == "drive"),
     ),
+    (
+        "a visible folder marked as deleted",
+        "deleted-nodes",
+        lambda w: _set(t.node, "deleted_at", PAST, lambda w: t.node.c.id == w.node("folder"))(w),
+    ),
+    ("a change number twice", "numbers-twice", _number_twice),
     ("a deleted member", "living-tombstones", _tombstone),
     ("a lock of nothing", "locks-of-nothing", _lock_of_nothing),
     ("occurrences of nothing", "occurrences-of-nothing", _occurrences_of_nothing),
@@ -505,6 +516,24 @@ def test_a_changed_row_is_found_by_a_deep_look(world: World) -> None:
     assert checks(world.find(deep=True)) == {"damaged"}
 
 
+def test_a_damaged_database_file_and_broken_references_are_found_by_a_deep_look(world: World) -> None:
+    if world.database.dialect != "sqlite":
+        assert world.find(deep=True) == []
+        return
+    world.run_unchecked(sa.insert(t.node_property).values(node_id=999_999, name="a", xml="b"))
+    (found,) = world.find(deep=True)
+    assert (found.check, found.repaired) == ("database-file", False)
+    assert "node_property" in found.text
+
+
+def test_a_folder_with_bytes_of_its_own_gives_them_up(world: World) -> None:
+    folder = t.node.c.id == world.node("folder")
+    world.run(sa.update(t.node).where(folder).values(blob_id=world.blob_of("top"), size=1300))
+    assert checks(world.find()) == {"folders-with-content", "blob-references", "drive-use"}
+    assert [each.check for each in world.find(repair=True)] == ["folders-with-content"]
+    assert world.find() == []
+
+
 # -- no false alarm -------------------------------------------------------------------------------
 
 
@@ -635,8 +664,7 @@ def test_a_drive_that_never_rests_is_told_and_not_guessed(
 
 
 def test_every_check_says_in_a_sentence_what_it_holds_to() -> None:
-    assert {check for _, check, _ in FAULTS} | {"references-without-blob", "blob-sizes", "damaged"} == set(
-        CHECKS
-    )
+    others = {"references-without-blob", "folders-with-content", "blob-sizes", "damaged", "database-file"}
+    assert {check for _, check, _ in FAULTS} | others == set(CHECKS)
     for check in CHECKS.values():
         assert (check.__doc__ or "").partition("\n")[0].endswith((".", ";"))

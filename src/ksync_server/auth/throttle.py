@@ -44,6 +44,7 @@ _SEEN = 128  # wrong secrets that a row remembers
 _PENDING = 10_000  # rows whose new counts wait in memory at most
 _BATCH = 100  # rows of one transaction: some 4 ms
 _PRUNED = 1000  # rows erased by one transaction
+_SKEW_S = 3600  # what clocks of several nodes may differ by
 _IPV6_PREFIX = 64  # what one customer of a provider has at least
 
 # -- rows -----------------------------------------------------------------------------------------
@@ -96,9 +97,20 @@ class Count:
     kept_until: int = 0
     seen: bytes = b""  # marks of wrong secrets, the newest last
 
+    def blocks(self, settings: configuration.Auth, now: int) -> bool:
+        """Whether it blocks; not where no block is as long: then the clock was set back since it began."""
+        longest = _block_s(settings, self.strikes - 1)
+        return now < self.blocked_until <= now + longest + _SKEW_S
+
     def marks(self) -> set[bytes]:
         """The wrong secrets that it has seen."""
         return {self.seen[at : at + _MARK_BYTES] for at in range(0, len(self.seen), _MARK_BYTES)}
+
+
+def _block_s(settings: configuration.Auth, strikes: int) -> int:
+    """How long a block lasts after so many others."""
+    length = settings.throttle_block_s * settings.throttle_factor ** min(max(strikes, 0), 20)
+    return int(min(length, settings.throttle_longest_s))
 
 
 def _count(row: Row) -> Count:
@@ -120,15 +132,15 @@ def added(count: Count, marks: Iterable[bytes], limit: int, settings: configurat
     if not new:
         return count
     failures, since = count.failures, count.since
-    if count.blocked_until <= now and since + settings.throttle_window_s <= now:
+    blocked = count.blocks(settings, now)
+    if not blocked and not now - settings.throttle_window_s < since <= now + _SKEW_S:
         failures, since = 0, now
     failures = min(failures + len(new), max(settings.throttle_most, limit))
     strikes, blocked_until = count.strikes, count.blocked_until
     if strikes and blocked_until + settings.throttle_longest_s <= now:
         strikes = 0
-    if limit and failures >= limit and blocked_until <= now:
-        length = settings.throttle_block_s * settings.throttle_factor ** min(strikes, 20)
-        blocked_until = now + int(min(length, settings.throttle_longest_s))
+    if limit and failures >= limit and not blocked:
+        blocked_until = now + _block_s(settings, strikes)
         strikes += 1
     kept = max(blocked_until, now + settings.throttle_window_s) + settings.throttle_longest_s
     return replace(
@@ -281,6 +293,7 @@ class Throttle:
 
         Cost: one statement over three rows.
         """
+        settings = self._settings
         keys = {"place": one.place, "name": one.name, "network": one.network}
         counts = {row[0]: _count(row) for row in tx.fast(_OF_TRY, keys)}
         known = one.mark in waiting[one.place] or (
@@ -290,9 +303,9 @@ class Throttle:
         for key, limit in self._limits(one):
             count = counts.get(key) or Count(key)
             if waiting[key]:
-                count = counts[key] = added(count, waiting[key], limit, self._settings, now)
+                count = counts[key] = added(count, waiting[key], limit, settings, now)
             trusted = key == one.name and one.place in counts and counts[one.place].trusted_until > now
-            if limit and count.blocked_until > now and not trusted:
+            if limit and count.blocks(settings, now) and not trusted:
                 blocking.append(key)
                 blocked = max(blocked, count.blocked_until - now)
                 most = max(most, count.failures)

@@ -24,6 +24,8 @@ from ksync_server.store.database import Read, Write
 from ksync_server.webdav import LockState
 from ksync_server.wire import xml
 
+_SKEW_S = 3600  # what clocks of several nodes may differ by
+
 NO_CONFLICT = "{DAV:}no-conflicting-lock"
 
 Href = Callable[[tuple[str, ...]], str]  # a decoded path of this site, quoted as the client writes it
@@ -94,6 +96,11 @@ _REFRESH = (
 )
 _RELEASE = sa.delete(t.lock).where(_L.token == _P("token"))
 _EXPIRE = sa.delete(t.lock).where(_L.drive_id == _P("drive_id"), _L.expires_at <= _P("now"))
+_SHORTEN = (
+    sa.update(t.lock)
+    .where(_L.expires_at > _P("now", type_=sa.BigInteger) + _L.timeout_s + _SKEW_S)
+    .values(expires_at=_P("now", type_=sa.BigInteger) + _L.timeout_s)
+)
 
 
 def _lock(row: tuple[object, ...]) -> Lock:
@@ -242,6 +249,16 @@ def release(tx: Write, token: str) -> None:
     tx.fast(_RELEASE, {"token": token})
 
 
+def shorten(tx: Write, now: int) -> int:
+    """Let no lock live longer than was asked though the clock was set back; returns how many would have.
+
+    A client that is still there refreshes its lock in time; one that has gone shuts nobody out for a day.
+
+    Cost: every lock's row once.
+    """
+    return tx.execute(_SHORTEN, {"now": now}).rowcount
+
+
 # -- rendering ------------------------------------------------------------------------------------
 
 SUPPORTED_XML = (
@@ -261,7 +278,7 @@ def discovery_xml(found: Sequence[Lock], href: Href, now: int) -> str:
         "<d:activelock><d:locktype><d:write/></d:locktype>"
         f"<d:lockscope><d:{'exclusive' if lock.exclusive else 'shared'}/></d:lockscope>"
         f"<d:depth>{'infinity' if lock.infinite else '0'}</d:depth>{lock.owner_xml}"
-        f"<d:timeout>Second-{max(lock.expires_at - now, 0)}</d:timeout>"
+        f"<d:timeout>Second-{min(max(lock.expires_at - now, 0), lock.timeout_s)}</d:timeout>"
         f"<d:locktoken><d:href>{xml.escape(lock.token)}</d:href></d:locktoken>"
         f"<d:lockroot><d:href>{xml.escape(href(lock.root))}</d:href></d:lockroot></d:activelock>"
         for lock in found

@@ -15,13 +15,13 @@ import zlib
 from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from ksync_server import outbound
 from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, Permanent, RemoteError, Temporary
-from ksync_server.networks import Networks, is_loopback
+from ksync_server.networks import Networks, is_loopback, parse
 from ksync_server.wire import imap
 from ksync_server.wire.imap import (
     Continue,
@@ -707,45 +707,71 @@ async def connect(
     """
     if server.security == "none" and not settings.plain:
         raise Permanent("A server may be asked without TLS only where mail_import.plain is set.")
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    last: RemoteError | None = None
-    for address in await outbound.addresses(server.host, server.port, private_networks):
-        made = Connection(server, settings)
+    first: RemoteError | None = None
+    for host in names(server.host):
         try:
-            async with asyncio.timeout(settings.connect_timeout_s):
-                direct = _context(server) if server.security == "tls" else None
-                name = server.host if direct else None
-                await loop.create_connection(
-                    lambda made=made: made,
-                    address,
-                    server.port,
-                    ssl=direct,
-                    server_hostname=name,
-                )
-                answered_s = loop.time() - began
-                await made.greet()
-        except ssl.SSLCertVerificationError as error:
-            made.abort()
-            raise Permanent(f"{server.host} cannot be trusted: {error.verify_message}") from None
-        except TimeoutError:
-            made.abort()
-            last = Temporary(f"{server.host} does not answer within {settings.connect_timeout_s:.0f} s")
-            continue
-        except (OSError, ssl.SSLError) as error:
-            made.abort()
-            last = Temporary(f"{server.host}: {error.strerror or error}")
-            continue
-        except BaseException:
-            made.abort()
+            made, far = await _reached(replace(server, host=host), settings, private_networks)
+        except Untrusted:
             raise
+        except (Permanent, Temporary) as error:  # the next name, if there is one
+            first = first or error
+            continue
         try:
-            # On this machine compression costs more than it saves.
-            far = answered_s > _FAR_S and not is_loopback(address)
             await made.log_in(secret, utf8=utf8, compress=far)
         except BaseException:
             made.abort()
             raise
         return made
+    assert first is not None
+    raise first
+
+
+def names(host: str) -> tuple[str, ...]:
+    """Hosts to try where a person may have typed a domain: that host first, then imap. and mail. of it."""
+    if parse(host) is not None or "." not in host or host.lower().startswith(("imap.", "mail.")):
+        return (host,)
+    return host, f"imap.{host}", f"mail.{host}"
+
+
+class Untrusted(Permanent):
+    """The certificate is not the server's, or nobody we trust says so."""
+
+
+async def _reached(
+    server: Server, settings: configuration.MailImport, private_networks: Networks
+) -> tuple[Connection, bool]:
+    """A connection that is greeted, and whether it is far away."""
+    loop = asyncio.get_running_loop()
+    context = _context(server) if server.security == "tls" else None
+    last: RemoteError | None = None
+    for address in await outbound.addresses(server.host, server.port, private_networks):
+        made = Connection(server, settings)
+        began = loop.time()
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                await loop.create_connection(
+                    lambda made=made: made,
+                    address,
+                    server.port,
+                    ssl=context,
+                    server_hostname=server.host if context else None,
+                )
+                answered_s = loop.time() - began
+                await made.greet()
+        except ssl.SSLCertVerificationError as error:
+            made.abort()
+            raise Untrusted(f"{server.host} cannot be trusted: {error.verify_message}") from None
+        except TimeoutError:
+            made.abort()
+            last = Temporary(f"{server.host} does not answer within {settings.connect_timeout_s:.0f} s")
+        except (OSError, ssl.SSLError) as error:
+            made.abort()
+            last = Temporary(f"{server.host}: {error.strerror or error}")
+        except BaseException:
+            made.abort()
+            raise
+        else:
+            # On this machine compression costs more than it saves.
+            return made, answered_s > _FAR_S and not is_loopback(address)
     assert last is not None
     raise last

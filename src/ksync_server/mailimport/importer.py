@@ -195,8 +195,6 @@ class Importer:
             Left: from the job's checkpoints.
         """
         number = self._import.id
-        if self._is_first_run:  # what was refused in an earlier pass is tried again
-            await self._commit(records.drop_refused, number)
         sources = await self._read(records.sources, number)
         self._known = await self._read(records.targets, number)
         self._names = {row.id: name for name, row in self._known.items()}
@@ -204,6 +202,8 @@ class Importer:
         roles = plans.uses(folders, self._source.prefix)
         self.counters.found = sum(folder.messages for folder in chosen)
         self._total_bytes = sum(folder.size or 0 for folder in chosen)
+        if self._is_first_run:  # what was refused in an earlier pass is tried again
+            await self._commit(records.drop_refused, number)
         for folder in chosen:
             row = sources.get(folder.name)
             if row is not None and (row.id in self._settled or _is_unchanged(folder, row)):
@@ -745,7 +745,7 @@ class Importer:
         counters = self.counters
         seconds = time.monotonic() - self._began
         said: dict[str, object] = {
-            "messages": counters.copied + counters.there + counters.linked,
+            "messages": counters.copied + counters.there,
             "of": counters.found,
             "mb": round(counters.copied_bytes / 1e6, 1),
         }

@@ -147,6 +147,19 @@ class Passes:
         else:  # the checkpoint that was told to end kept the lease a moment ago
             self._database.write(effects)
         log.info("import", extra={"import": imported.id, "state": state, "copied": report["copied"]})
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what imports that have ended left in the spool, wherever they were ended."""
+        spool = self._settings.mail_import.spool
+        files = [path for path in spool.glob("*-*-*") if path.name.partition("-")[0].isdigit()]
+        if not files:
+            return
+        with self._database.read() as tx:
+            active = records.active(tx)
+        for path in files:
+            if int(path.name.partition("-")[0]) not in active:
+                path.unlink(missing_ok=True)
 
     def _pause(self, job: Job, imported: records.Import, reason: str, wait_s: float) -> None:
         job.progress(**report_progress(job), note=reason)

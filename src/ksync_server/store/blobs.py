@@ -198,8 +198,7 @@ class Stage:
             with contextlib.suppress(Unavailable, InsufficientStorage):
                 future.result()
         if self._writer is not None:
-            with contextlib.suppress(OSError):  # a disk that has turned read-only
-                self._writer.abort()
+            self._writer.abort()
             self._writer = None
         with contextlib.suppress(Unavailable, InsufficientStorage):
             self._blobs.extents.erase(key for key, _ in self._extents)

@@ -33,7 +33,7 @@ class ExtentWriter(Protocol):
         """Make it durable under its key; may block for a disk flush or a request."""
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind; what cannot be taken away now is the reaper's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +303,9 @@ class _LocalWriter:
     def abort(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
-        self._part.unlink(missing_ok=True)
-        self._final.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that has turned read-only
+            self._part.unlink(missing_ok=True)
+            self._final.unlink(missing_ok=True)
 
 
 def disk_failure(error: OSError) -> Exception:

@@ -268,22 +268,26 @@ class S3Extents:
         return list(next(iter(self._obstore.list(self._store, offset=after, chunk_size=_PAGE)), ()))
 
     def check(self) -> None:
-        """Write, read and erase an object that is no extent."""
-        name, content = f"check-{secrets.token_hex(8)}", b"ksync-server"
+        """Write, read and erase an object that is no extent; a store that stumbles is asked again."""
+        name, content, bucket = f"check-{secrets.token_hex(8)}", b"ksync-server", self._settings.bucket
+
+        def put(what: bytes) -> None:
+            self._obstore.put(self._store, name, what, mode="create", use_multipart=False)
+
         try:
-            self._obstore.put(self._store, name, content, mode="create", use_multipart=False)
-            got = bytes(self._obstore.get(self._store, name).bytes())
+            with contextlib.suppress(self._exists):  # an attempt whose answer was lost had arrived
+                self._patiently("check", lambda: put(content))
+            got = self._patiently("check", lambda: bytes(self._obstore.get(self._store, name).bytes()))
             if got != content:
-                raise ConfigError(f"s3.bucket: {self._settings.bucket} does not give back what was written")
+                raise ConfigError(f"s3.bucket: {bucket} does not give back what was written")
             with contextlib.suppress(self._exists):
-                self._obstore.put(self._store, name, b"second", mode="create", use_multipart=False)
-                raise ConfigError(
-                    f"s3.bucket: {self._settings.bucket} ignores If-None-Match; objects could be written over"
-                )
-            self._page(None)
-            self._obstore.delete(self._store, name)
-        except (self._failed, FileNotFoundError) as error:
-            raise ConfigError(f"s3.bucket: {self._settings.bucket} does not work: {reason(error)}") from None
+                self._patiently("check", lambda: put(b"second"))
+                raise ConfigError(f"s3.bucket: {bucket} ignores If-None-Match; objects could be written over")
+            self._patiently("check", lambda: self._page(None))
+            self._patiently("check", lambda: self._obstore.delete(self._store, name))
+        except (Unavailable, FileNotFoundError) as error:
+            why = reason(error.__cause__ or error)
+            raise ConfigError(f"s3.bucket: {bucket} does not work: {why}") from None
 
     def problem(self) -> str | None:
         """One cheap request."""

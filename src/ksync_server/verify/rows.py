@@ -80,6 +80,22 @@ def references_without_blob(look: Look) -> Iterator[Suspicion]:
         yield Suspicion(f"object {number}", f"of collection {collection} has no blob", help=_LOST)
 
 
+_FULL_FOLDERS = sa.select(_N.id, _N.drive_id).where(
+    between(_N.id), _N.folder.is_(sa.true()), sa.or_(_N.blob_id.is_not(None), _N.size != 0)
+)
+
+
+def folders_with_content(look: Look) -> Iterator[Suspicion]:
+    """A folder has no bytes."""
+    for node, drive in look.pages(_N.id, _FULL_FOLDERS):
+
+        def empty(tx: Write, node: int = node) -> bool:
+            folder = sa.and_(_N.id == node, _N.folder.is_(sa.true()))
+            return tx.execute(sa.update(t.node).where(folder).values(blob_id=None, size=0)).rowcount == 1
+
+        yield Suspicion(f"folder {node}", f"of drive {drive} has bytes of its own", look.fix(empty))
+
+
 def _sizes(table: sa.Table) -> sa.Select[Any]:
     c = table.c
     joined = table.join(t.blob, c.blob_id == _B.id)
@@ -247,6 +263,41 @@ def _root_maker(
     return make
 
 
+_above = t.node.alias("above")
+_STRAYS = (
+    sa.select(_N.id, _N.drive_id)
+    .select_from(t.node.join(_above, _N.parent_id == _above.c.id))
+    .where(
+        between(_N.id),
+        _N.deleted_at.is_not(None),
+        sa.or_(
+            _above.c.parent_id.is_not(None),
+            sa.exists().where(_D.common_id == _above.c.id),
+            sa.exists().where(_M.root_id == _above.c.id),
+        ),
+    )
+)
+
+
+def deleted_nodes(look: Look) -> Iterator[Suspicion]:
+    """What is marked as deleted lies in deleted items; elsewhere it would vanish when its time is up."""
+    for node, drive in look.pages(_N.id, _STRAYS):
+        with look.database.read() as tx:
+            if _detached(tx, node):
+                continue
+
+        def keep(tx: Write, node: int = node, drive: int = drive) -> bool:
+            collection = tx.execute(sa.select(_D.collection_id).where(_D.id == drive)).scalar_one()
+            changes.bump(tx, collection)
+            if first(tx, _STRAYS, {"low": node - 1, "high": node}) is None:
+                return False
+            values = {"deleted_at": None, "deleted_from_id": None, "deleted_name": None}
+            return tx.execute(sa.update(t.node).where(_N.id == node).values(values)).rowcount == 1
+
+        text = f"of drive {drive} is marked as deleted and lies in no deleted items"
+        yield Suspicion(f"node {node}", text, look.fix(keep))
+
+
 # -- collections ----------------------------------------------------------------------------------
 
 _objects = _count(t.object_, _O.collection_id == _C.id)
@@ -304,6 +355,39 @@ def collection_numbers(look: Look) -> Iterator[Suspicion]:
 
 
 _T = t.tombstone.c
+_numbered = sa.union_all(
+    *(sa.select(c.collection_id, c.seq).where(between(c.collection_id)) for c in (_O, _T))
+).subquery()
+_TWICE = (
+    sa.select(_numbered.c.collection_id, _numbered.c.seq, sa.func.count())
+    .group_by(_numbered.c.collection_id, _numbered.c.seq)
+    .having(sa.func.count() > 1)
+)
+
+
+def numbers_twice(look: Look) -> Iterator[Suspicion]:
+    """Every member and every deletion has a change number of its own, so that a sync may stop behind any."""
+    for number, seq, count in look.pages(_C.id, _TWICE):
+
+        def renumber(tx: Write, n: int = number, seq: int = seq) -> bool:
+            changes.bump(tx, n)  # the lock of every change of the collection
+            same = {
+                table: every(
+                    tx, sa.select(table.c.name).where(table.c.collection_id == n, table.c.seq == seq)
+                )
+                for table in (t.object_, t.tombstone)
+            }
+            if sum(map(len, same.values())) < 2:
+                return False
+            for table, names in same.items():
+                for (name,) in names:
+                    row = sa.and_(table.c.collection_id == n, table.c.name == name)
+                    tx.execute(sa.update(table).where(row).values(seq=changes.bump(tx, n)))
+            return True
+
+        yield Suspicion(f"collection {number}", f"gave the number {seq} to {count}", look.fix(renumber))
+
+
 _ALIVE = (
     sa.select(_T.collection_id, _T.name)
     .select_from(t.tombstone.join(t.object_, (_O.collection_id == _T.collection_id) & (_O.name == _T.name)))
@@ -377,16 +461,35 @@ def dead_stages(look: Look) -> Iterator[Suspicion]:
         yield Suspicion(f"upload {number}", f"ended at {until} and was not reaped", look.fix(drop))
 
 
+# -- the database itself --------------------------------------------------------------------------
+
+
+def database_file(look: Look) -> Iterator[Suspicion]:
+    """With `deep`: SQLite finds no fault in its own file; PostgreSQL answers for its files itself."""
+    if not look.deep or look.database.dialect != "sqlite":
+        return
+    with look.database.read() as tx:
+        wrong = [text for (text,) in every(tx, sa.text("PRAGMA integrity_check(20)")) if text != "ok"]
+        for table, number, other, _ in every(tx, sa.text("PRAGMA foreign_key_check")):
+            wrong.append(f"row {number} of {table} refers to nothing in {other}")
+    for text in wrong:
+        yield Suspicion("database", text, help="the database file is damaged: restore from a backup")
+
+
 CHECKS: dict[str, Check] = {
+    "database-file": database_file,
     "references-without-blob": references_without_blob,
+    "folders-with-content": folders_with_content,
     "blob-references": blob_references,
     "sizes": sizes,
     "drive-roots": drive_roots,
     "folder-entries": folder_entries,
     "drive-use": drive_use,
+    "deleted-nodes": deleted_nodes,
     "collection-objects": collection_objects,
     "collection-numbers": collection_numbers,
     "living-tombstones": living_tombstones,
+    "numbers-twice": numbers_twice,
     "locks-of-nothing": locks_of_nothing,
     "occurrences-of-nothing": occurrences_of_nothing,
     "dead-stages": dead_stages,
