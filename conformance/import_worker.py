@@ -10,13 +10,14 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -42,22 +43,21 @@ class Office:
 
     folder: Path
     desk: Desk
-    worker: subprocess.Popen[bytes]
-    spare: subprocess.Popen[bytes] | None = (
-        None  # has its modules loaded, which takes longer than a small import
-    )
+    parent: subprocess.Popen[bytes]
+    worker: int = 0  # its process id
+
+    def start(self, how: str) -> None:
+        """Have a worker: `fork`, so that it is there at once, or `stay` for one whose memory is all its own."""
+        assert self.parent.stdin
+        assert self.parent.stdout
+        self.parent.stdin.write(how.encode() + b"\n")
+        self.parent.stdin.flush()
+        self.worker = int(self.parent.stdout.readline())
 
     def kill(self) -> None:
-        """SIGKILL the worker, and let another one go on."""
-        _end(self.worker)
-        self.worker, self.spare = self.spare or _start(self.folder), _start(self.folder)
-        _let_go(self.worker)
-
-    def close(self) -> None:
-        """End all."""
-        for process in (self.worker, self.spare):
-            if process is not None:
-                _end(process)
+        """SIGKILL the worker, which must be a fork, and let another one go on."""
+        os.kill(self.worker, signal.SIGKILL)
+        self.start("fork")
 
     def finish(self, numbers: list[int], *, within_s: float = 60) -> dict[int, float]:
         """Wait until imports have ended; when each of them was seen to, by the monotonic clock.
@@ -87,13 +87,12 @@ class Office:
         """
         chance = random.Random(seed)
         blows = sorted(chance.uniform(0, 0.95) * messages for _ in range(kills))
-        self.spare = self.spare or _start(self.folder)
         given, until = 0, time.monotonic() + within_s
         while (imported := self.desk.imported(number)).state not in records.ENDED:
             assert time.monotonic() < until, f"not done after {within_s} s: {self.desk.job(number)}"
             with self.desk.database.read() as tx:
                 rows, holder = tx.scalar(_ROWS), tx.scalar(_HOLDER, {"id_": imported.job_id})
-            if given < kills and rows >= blows[given] and str(holder).endswith(f"/{self.worker.pid}"):
+            if given < kills and rows >= blows[given] and str(holder).endswith(f"/{self.worker}"):
                 time.sleep(chance.uniform(0, 0.05))
                 self.kill()
                 given += 1
@@ -102,22 +101,25 @@ class Office:
 
     def memory(self, name: str = "VmRSS") -> int:
         """Bytes of the worker's memory, as the kernel counts them; `VmHWM` is the most that there was."""
-        for line in Path(f"/proc/{self.worker.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{self.worker}/status").read_text().splitlines():
             if line.startswith(name):
                 return int(line.split()[1]) * 1024
         raise AssertionError(name)
 
     def forget_peak(self) -> None:
         """Let `VmHWM` begin anew."""
-        Path(f"/proc/{self.worker.pid}/clear_refs").write_text("5")
+        Path(f"/proc/{self.worker}/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager
-def office(url: str, folder: Path, *, threads: int = 4, **mail_import: Any) -> Iterator[Office]:
+def office(
+    url: str, folder: Path, *, how: str = "fork", threads: int = 4, **mail_import: Any
+) -> Iterator[Office]:
     """An office with a fresh store and a worker.
 
     Args:
         url: of an empty database.
+        how: see `Office.start`.
         threads: imports at once.
         mail_import: settings of that section.
     """
@@ -126,12 +128,22 @@ def office(url: str, folder: Path, *, threads: int = 4, **mail_import: Any) -> I
     (folder / "worker.json").write_text(json.dumps(chosen))
     opened = _open(folder)
     schema.migrate(opened.database)
-    running = Office(folder, opened, _start(folder))
+    with (folder / "worker.log").open("ab") as log_file:
+        parent = subprocess.Popen(
+            [sys.executable, "-m", "conformance.import_worker", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
+        )
     try:
-        _let_go(running.worker)
+        running = Office(folder, opened, parent)
+        running.start(how)
         yield running
     finally:
-        running.close()
+        parent.terminate()
+        parent.communicate()
         opened.database.close()
 
 
@@ -144,39 +156,27 @@ def _open(folder: Path) -> Desk:
     return dataclasses.replace(opened, settings=together, keys=keys.load(folder / "keys"))
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    with (folder / "worker.log").open("ab") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "conformance.import_worker", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=said,
-            stderr=said,
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
-        )
-
-
-def _let_go(worker: subprocess.Popen[bytes]) -> None:
-    assert worker.stdin
-    worker.stdin.write(b"\n")
-    worker.stdin.flush()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.communicate()
-
-
-def _work(folder: Path, lifeline: IO[str]) -> None:
+def main(folder: Path) -> None:
+    """Have a worker for each line that asks for one; SIGTERM, or the end of the lines, ends the last one too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who was killed is not waited for
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     log.configure(settings.Log(level="debug"))
     tune_memory()  # as every process of the server does
-    if not lifeline.readline():
-        return
-    opened, stop = _open(folder), threading.Event()
-    threading.Thread(target=lambda: (lifeline.read(), stop.set()), daemon=True).start()
-    opened.runner().run(stop)
-    opened.database.close()
+    child = 0
+    try:
+        for line in sys.stdin:
+            is_forked = line.strip() == "fork"
+            child = os.fork() if is_forked else 0
+            if child or not is_forked:
+                print(child or os.getpid(), flush=True)
+            if not child:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                _open(folder).runner().run(threading.Event())
+    finally:
+        if child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), sys.stdin)
+    main(Path(sys.argv[1]))

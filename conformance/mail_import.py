@@ -324,7 +324,7 @@ class Watch:
 
     def look(self, running: Office) -> None:
         """Files of the database, its log, the spool, the worker's log, its command line, and every row."""
-        process = Path(f"/proc/{running.worker.pid}")
+        process = Path(f"/proc/{running.worker}")
         files = [process / "cmdline", process / "environ"]
         folders = [self._folder]
         if self._store.server is not None and self._store.server.control is not None:
