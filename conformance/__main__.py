@@ -50,6 +50,7 @@ PARTS = {
     "deploy": FOLDER / "external" / "deploy.py",
     "jobs": FOLDER / "jobs.py",
     "dovecot": FOLDER / "external" / "dovecot.py",  # starts servers of its own
+    "mail_import": FOLDER / "mail_import.py",
     "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
     "fire-s3": FOLDER / "fire" / "__main__.py",
 }
@@ -63,7 +64,8 @@ FIRE = {
     "fire-s3": ("--bytes", "s3", "--errors", "0.05", "--kills", "4"),
 }
 ON_S3 = {"sqlite": "kills", "postgresql": "store"}  # one of the two on each: half the time
-ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot"}  # do not look at the target: once is enough
+# Do not look at the target: once is enough.
+ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot", "mail_import"}
 PART_TIMEOUT_S = 600
 
 

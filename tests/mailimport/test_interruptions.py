@@ -1,4 +1,4 @@
-"""Whatever ends a run, and whatever changes between two passes: nothing is lost and nothing is there twice."""
+"""Whatever ends a run, and whatever changes between two passes: nothing is lost, nothing is there twice."""
 
 from __future__ import annotations
 

@@ -234,7 +234,8 @@ class Source:
             imap.number(found["RFC822.SIZE"]),
             imap.internal_date(found["INTERNALDATE"]),
             imap.flags(found["FLAGS"]),
-            tuple(label(self.connection.decoded(each)) for each in labels)
+            # In modified UTF-7 even where the names of folders are UTF-8 (RFC 6855).
+            tuple(label(imap.decode_name(imap.string(each))) for each in labels)
             if isinstance(labels, list)
             else (),
             str(found.get("X-GM-MSGID") or ""),
