@@ -11,9 +11,11 @@ import pytest
 
 from conformance import mail_corpus
 from conformance.imap_server import GMAIL, Account, GmailAccount, Server, serving
+from ksync_server import settings
 from ksync_server.mailimport import orders
+from ksync_server.worker import open_services
 from tests.cli.test_accounts import Shell
-from tests.mailimport.harness import contents
+from tests.mailimport.harness import Desk, contents
 
 SECRET = "korrekt-pferd"
 
@@ -187,3 +189,46 @@ def test_a_plan_of_gmail_says_both_sizes(shell: Shell, tmp_path: Path) -> None:
         plan = shell.json("import", "mail", "plan", *asked(there, tmp_path / "m"), given=SECRET)
     assert plan["messages"] == 300
     assert plan["folder_bytes"] > 2 * plan["bytes"]
+
+
+def test_a_file_makes_the_mailboxes_that_are_missing_and_fills_them(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    number = shell.json("org", "create", "Example")["id"]
+    shell.run("product", "create", str(number), "mail-premium", "--seats", "5")
+    file = tmp_path / "people.csv"
+    with serving(source) as there:
+        row = f"127.0.0.1;{there};none;alice@example.org;{SECRET};%s@example.org\n"
+        file.write_text("host;port;security;user;password;to_mailbox\n" + row % "new" + row % "other")
+        assert "There is no mailbox" in shell.refusal("import", "mail", "bulk", str(file))
+        made = shell.json("import", "mail", "bulk", str(file), "--organization", str(number))
+        assert [each["address"] for each in shell.json("mailbox", "list")] == [
+            "new@example.org",
+            "other@example.org",
+        ]
+        assert not source.statistics.logins
+        config = settings.load(shell.config)
+        services = open_services(config)
+        Desk(services.database, config, services.keys).work()
+        services.close()
+        for each in made["imports"]:
+            shown = shell.json("import", "mail", "show", str(each))
+            assert (shown["state"], shown["report"]["copied"]) == ("done", 30)
+    maildir = Path(shell.json("mailbox", "show", "new@example.org")["maildir"])
+    names = {path.name for path in maildir.glob(".*")}
+    assert {".Work.Projects.Lighthouse", ".Lists.imap", ".M&APw-ller &- S&APY-hne"} <= names
+
+
+def test_addresses_that_the_offer_does_not_have_are_refused_before_any_log_in(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    number = shell.json("org", "create", "Example")["id"]
+    shell.run("product", "create", str(number), "mail-starter")
+    file = tmp_path / "people.csv"
+    with serving(source) as there:
+        row = f"127.0.0.1,{there},none,alice@example.org,{SECRET},%s@example.org\n"
+        file.write_text("host,port,security,user,password,to_mailbox\n" + row % "one" + row % "two")
+        shell.refusal("import", "mail", "bulk", str(file), "--organization", str(number))
+    assert not source.statistics.logins
+    assert not rows(shell, "mailbox")
+    assert not rows(shell, "mail_import")
