@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ from conformance import mail_corpus
 from conformance.imap_server import GMAIL, Account, GmailAccount, Server, serving
 from ksync_server import settings
 from ksync_server.mailimport import orders
+from ksync_server.mailimport.maildir_sink import MaildirSink
 from ksync_server.worker import open_services
 from tests.cli.test_accounts import Shell
 from tests.mailimport.harness import Desk, contents
@@ -232,3 +234,25 @@ def test_addresses_that_the_offer_does_not_have_are_refused_before_any_log_in(
     assert not source.statistics.logins
     assert not rows(shell, "mailbox")
     assert not rows(shell, "mail_import")
+
+
+@pytest.mark.parametrize(
+    ("name", "on_disk"),
+    [  # as Dovecot 2.3 with listescape, which the shipped configuration has, writes them itself
+        ("a.b/c.d", ".a\\2eb.c\\2ed"),
+        ("q.r/s", ".q\\2er.s"),
+        ("\\z", ".\\5cz"),
+        ("~t2", ".\\7et2"),
+        ("x/~y", ".x.\\7ey"),
+        ("Müller & Söhne", ".M&APw-ller &- S&APY-hne"),
+    ],
+)
+def test_folders_of_our_mailboxes_are_named_as_dovecot_names_them(
+    tmp_path: Path, name: str, on_disk: str
+) -> None:
+    sink = MaildirSink(tmp_path / "Maildir", escaped=True)
+    asyncio.run(sink.ensure(name))
+    assert (tmp_path / "Maildir" / on_disk / "cur").is_dir()
+    assert {place.name for place in asyncio.run(sink.places())} == {"INBOX", name}
+    line = (tmp_path / "Maildir" / "subscriptions").read_text().splitlines()[-1]
+    assert "." + line.replace("\t", ".") == on_disk

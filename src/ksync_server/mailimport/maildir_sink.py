@@ -99,15 +99,22 @@ class MaildirSink:
             return self._root
         return self._root / ("." + self._on_disk(name).decode("ascii", "surrogateescape"))
 
+    def _parts(self, name: str) -> list[bytes]:
+        """The parts of a name as Dovecot's list of folders has them."""
+        parts = imap.encode_name(name).split(self.separator.encode())
+        if not self._escaped:
+            return parts
+        escaped = (part.replace(b"\\", b"\\5c").replace(b".", b"\\2e") for part in parts)
+        return [b"\\7e" + part[1:] if part.startswith(b"~") else part for part in escaped]
+
     def _on_disk(self, name: str) -> bytes:
-        encoded = imap.encode_name(name)
-        if self._escaped:
-            encoded = encoded.replace(b"\\", b"\\5c").replace(b".", b"\\2e").replace(b"/", b".")
-        return encoded
+        return b".".join(self._parts(name))
 
     def _name(self, on_disk: bytes) -> str:
         if self._escaped:
-            on_disk = on_disk.replace(b".", b"/").replace(b"\\2e", b".").replace(b"\\5c", b"\\")
+            on_disk = on_disk.replace(b".", b"/")
+            for escaped, mark in ((b"\\2e", b"."), (b"\\7e", b"~"), (b"\\5c", b"\\")):
+                on_disk = on_disk.replace(escaped, mark)
         return imap.decode_name(on_disk)
 
     def _ours(self, path: Path) -> None:
@@ -178,8 +185,7 @@ class MaildirSink:
             if not lines and self._escaped:
                 file.write(b"V\t2\n\n")
             has_parts = self._escaped if not lines else lines[0].startswith(b"V\t2")
-            parts = imap.encode_name(name).split(self.separator.encode())
-            line = (b"\t".join(parts) if has_parts else self._on_disk(name)) + b"\n"
+            line = (b"\t" if has_parts else b".").join(self._parts(name)) + b"\n"
             if line not in lines:
                 file.write(line)
         self._ours(path)
