@@ -174,7 +174,9 @@ def desk(database: Database, folder: Path, **changed: Any) -> Desk:
     return Desk(
         database,
         settings.Settings(
-            mail_import=settings.MailImport(plain=True, spool=folder / "spool", back_off_s=0.1, **changed),
+            mail_import=settings.MailImport(
+                **{"plain": True, "spool": folder / "spool", "back_off_s": 0.1, **changed}
+            ),
             outbound=settings.Outbound(private_networks=("127.0.0.0/8", "::1")),
         ),
     )

@@ -1,4 +1,4 @@
-"""Whatever ends a run, and whatever changes between two passes: nothing is lost, nothing is there twice."""
+"""Whatever ends a run, and whatever changes between two passes: nothing is lost, nothing there twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_source_that_ends_every_so_many_bytes_is_copied_exactly(
     database: Database, tmp_path: Path, action: Bye | Drop
 ) -> None:
     source, target = corpus(rules=[Rule(action, after_bytes=30_000, times=None)]), Server()
-    with moving(database, tmp_path, source, target) as move:
+    with moving(database, tmp_path, source, target, whole_bytes=20_000) as move:
         exact(move.go(), 40)
         assert move.state == "done"
     assert contents(target.account) == contents(source.account)
@@ -113,7 +113,7 @@ def test_a_destination_that_is_busy_is_asked_again(lite: Database, tmp_path: Pat
 
 def test_a_full_destination_pauses_the_import_until_there_is_room(database: Database, tmp_path: Path) -> None:
     source, target = corpus(), Server(Account(quota_bytes=60_000))
-    with moving(database, tmp_path, source, target, give_up_s=3600) as move:
+    with moving(database, tmp_path, source, target, window_bytes=40_000) as move:
         move.order()
         runner = move.desk.runner()
         steps = 0
@@ -148,14 +148,14 @@ def test_an_import_that_got_nowhere_for_long_has_failed_with_the_reason(
 
 
 def test_a_daily_limit_pauses_until_the_next_day(lite: Database, tmp_path: Path) -> None:
-    source, target = filled(count=30), Server()
+    source, target = filled(count=100), Server()
     with moving(lite, tmp_path, source, target, daily_bytes=1000, window_bytes=1000) as move:
         move.order()
         assert move.desk.work(hurry=False) == 1
         assert move.state == "paused"
         job = move.desk.job(move.number or 0)
         assert 80_000 < job["run_at"] - job["created_at"] <= 86_400
-        assert 0 < len(bodies(target)) < 30
+        assert 0 < len(bodies(target)) < 100
         lite.write(lambda tx: tx.execute(sa.update(t.mail_budget).values(since=0)))
         for _ in range(10):
             lite.write(lambda tx: tx.execute(sa.update(t.job).values(run_at=0)))
@@ -163,8 +163,9 @@ def test_a_daily_limit_pauses_until_the_next_day(lite: Database, tmp_path: Path)
             move.desk.work(hurry=False)
         report = move.imported.report
         assert report is not None
-        exact(report, 30)
-        assert "crashes" not in (move.desk.job(move.number or 0)["state_"] if False else {})
+        exact(report, 100)
+        with lite.read() as tx:  # a pause is no crash
+            assert "crashes" not in tx.execute(sa.select(t.job.c.checkpoint)).scalar_one()
     assert contents(target.account) == contents(source.account)
 
 
@@ -185,7 +186,9 @@ def test_a_running_import_ends_when_it_is_cancelled(lite: Database, tmp_path: Pa
         assert 0 < report["copied"] < 40
         assert move.desk.job(number)["state"] == "cancelled"
         assert _secrets(lite) == 0
-        assert move.go()["copied"] == 40 - len(set(_rows(lite))) or True
+        rows = _rows(lite)
+        assert move.go()["copied"] <= 40 - rows
+        assert move.state == "done"
     assert contents(target.account) == contents(source.account)
 
 
@@ -194,9 +197,9 @@ def _secrets(database: Database) -> int:
         return int(tx.execute(sa.select(sa.func.count()).select_from(t.job_secret)).scalar_one())
 
 
-def _rows(database: Database) -> list[object]:
+def _rows(database: Database) -> int:
     with database.read() as tx:
-        return [tuple(row) for row in tx.execute(sa.select(t.mail_copy.c.source_id, t.mail_copy.c.uid))]
+        return int(tx.execute(sa.select(sa.func.count()).select_from(t.mail_copy)).scalar_one())
 
 
 # -- between two passes ---------------------------------------------------------------------------

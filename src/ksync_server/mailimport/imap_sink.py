@@ -32,6 +32,7 @@ from ksync_server.wire.imap import Fetched
 _FULL = frozenset({"OVERQUOTA"})
 _FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
 _PIECE = 64 << 10  # read from a file and sent at once
+_STATUS_AT_ONCE = 20
 _AT_ONCE = 500  # messages of one COPY
 _SYSTEM = frozenset({"\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Seen"})
 _ITEMS = frozenset({"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"})
@@ -127,6 +128,25 @@ class ImapSink:
         with contextlib.suppress(Refused):
             await self._connection.ask("SUBSCRIBE", encoded)
         return await self._status(encoded)
+
+    async def validities(self, names: Iterable[str]) -> Mapping[str, int]:
+        """See `Sink`."""
+        connection, found = self._connection, {}
+        every = list(names)
+        for at in range(0, len(every), _STATUS_AT_ONCE):
+            some = every[at : at + _STATUS_AT_ONCE]
+            sent = [
+                await connection.send("STATUS", connection.encoded(name), "(UIDVALIDITY)") for name in some
+            ]
+            for name, pending in zip(some, sent, strict=True):
+                try:
+                    reply = await connection.answer(pending)
+                except Refused as error:
+                    self._raise_where_temporary(error)
+                    continue
+                for each in reply.named("STATUS"):
+                    found[name] = imap.number(imap.pairs(each.values[-1]).get("UIDVALIDITY"))
+        return found
 
     async def _status(self, encoded: bytes) -> Held:
         reply = await self._connection.ask("STATUS", encoded, "(UIDVALIDITY UIDNEXT MESSAGES)")

@@ -203,6 +203,7 @@ class Importer:
         self._total_bytes = sum(folder.size or 0 for folder in chosen)
         if self._is_first_run:  # what was refused in an earlier pass is tried again
             await self._commit(records.drop_refused, number)
+        await self._forget_targets()
         sources = await self._read(records.sources, number)
         for folder in chosen:
             row = sources.get(folder.name)
@@ -250,8 +251,6 @@ class Importer:
             row = None
         if row is None:
             row = await self._write(records.add_source, number, folder.name, folder.uid_validity)
-        elif await self._reopen_targets(row):
-            row = replace(row, uid_next=0, modseq=0)
         is_whole = True
         if row.uid_next > 1 and _has_changed(folder, row):
             since = row.modseq if folder.modseq else 0
@@ -274,15 +273,14 @@ class Importer:
             self._settled.append(row.id)
         await self._commit(records.settle_source, row)
 
-    async def _reopen_targets(self, row: SourceFolder) -> bool:
-        """Look whether the folders to which a folder went are still those; False where all are."""
-        made_anew = False
-        for target_id in await self._read(records.targets_of, row.id):
-            name = self._names[target_id]
-            before = self._known[name]
-            await self._open_target(name)
-            made_anew |= self._known[name].uid_validity != before.uid_validity
-        return made_anew
+    async def _forget_targets(self) -> None:
+        """A folder of the destination that was made anew is filled again: its rows name nothing any more."""
+        now = await self._sink.validities(self._known) if self._known else {}
+        for name, row in list(self._known.items()):
+            uid_validity = now.get(name, row.uid_validity)
+            if uid_validity != row.uid_validity:
+                self._known[name] = await self._write(records.forget_target, row, uid_validity)
+                self._settled.clear()
 
     async def _stretch(self, row: SourceFolder, route: _Route, messages: Sequence[Message]) -> bool:
         """Do all there is to do for some messages of a folder, the proof included.
@@ -483,9 +481,7 @@ class Importer:
             number = self._import.id
             row = await self._write(records.add_target, number, name, held.uid_validity, held.uid_next)
         elif row.uid_validity != held.uid_validity:
-            # The folder was made anew: its rows name nothing, and whatever is there is a stranger.
-            old = row
-            row = await self._write(records.forget_target, old, held.uid_validity)
+            raise Temporary(f"{name} was made anew at the destination")
         self._known[name], self._names[row.id] = row, name
         self._targets[name] = target = Target(name, row, held)
         await self._meet(target)
@@ -542,7 +538,7 @@ class Importer:
         """A message that is there already: its handle, how it came there, the row it replaces."""
         paired = target.retired.get(parcel.sha256)
         if paired:
-            old = paired.pop()
+            old = paired.pop(0)
             return old.handle, old.how, old
         if not target.strangers:
             return None
@@ -711,6 +707,11 @@ class Importer:
                 continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
+            for copy, flags in changed:
+                copies = walk.copies.get(copy.uid, [])
+                if copy in copies:  # what was taken away is not missed
+                    kept = tuple(flag for flag in copy.flags if flag in flags)
+                    copies[copies.index(copy)] = replace(copy, flags=kept)
 
     async def _check(self, walk: _Walk) -> None:
         """Ask the destination for every message that came there since the folder was last settled."""

@@ -133,6 +133,7 @@ class Passes:
             self._end(job, imported, "failed", run.report(str(error)))
             raise
         except DayIsOver as pause:
+            job.checkpoint({**(job.state or {}), "is_running": False})
             self._pause(job, imported, str(pause), pause.wait_s)
         except (RemoteError, BadRequest, OSError) as error:
             self._retry(job, imported, run, error)

@@ -135,7 +135,6 @@ _COPIES = (
     )
     .order_by(_copy.c.uid)
 )
-_TARGETS_OF = sa.select(_copy.c.target_id).where(_copy.c.source_id == sa.bindparam("source_")).distinct()
 _HANDLES = sa.select(_copy.c.handle).where(_copy.c.target_id == sa.bindparam("target_"), _copy.c.handle != "")
 _INSERT_COPY = sa.insert(_copy)
 _COUNTS = (
@@ -314,11 +313,6 @@ def settle_targets(tx: Write, settled: Iterable[tuple[int, int]]) -> None:
         tx.execute(further.values(settled_next=uid_next))
 
 
-def targets_of(tx: Read, source_id: int) -> list[int]:
-    """The folders of the destination to which messages of a folder went."""
-    return [row[0] for row in tx.fast(_TARGETS_OF, {"source_": source_id})]
-
-
 def forget_target(tx: Write, folder: TargetFolder, uid_validity: int) -> TargetFolder:
     """The destination's folder is another one now: what its rows name is not there any more."""
     tx.execute(sa.delete(_copy).where(_copy.c.target_id == folder.id))
@@ -370,6 +364,7 @@ def retired(tx: Read, number: int, target_id: int) -> list[Copy]:
         .join(_source, _source.c.id == _copy.c.source_id)
         .where(_source.c.import_id == number, _source.c.name.contains("\n"))
         .where(_copy.c.target_id == target_id, _copy.c.handle != "")
+        .order_by(_copy.c.source_id, _copy.c.uid)
     )
     return [
         Copy(

@@ -133,6 +133,9 @@ class Sink(Protocol):
             RemoteError: the destination failed.
         """
 
+    async def validities(self, names: Iterable[str]) -> Mapping[str, int]:
+        """UIDVALIDITY of folders; those that are not there are missing."""
+
     async def strangers(self, name: str, since: int) -> list[Stranger]:
         """Messages of a folder from a UID on; all of them where messages have no UID."""
 

@@ -12,7 +12,16 @@ from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import KsyncError, Permanent, Temporary
-from ksync_server.mailimport.connection import Connection, Ended, Inlet, Piece, Refused, Start, together
+from ksync_server.mailimport.connection import (
+    Connection,
+    Ended,
+    Inlet,
+    Piece,
+    Refused,
+    Start,
+    is_temporary,
+    together,
+)
 from ksync_server.mailimport.plan import Folder, label
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
@@ -169,10 +178,15 @@ class Source:
             some = missing[at : at + _STATUS_AT_ONCE]
             sent = [await connection.send("STATUS", folder.wire, status) for folder in some]
             for pending in sent:
-                with contextlib.suppress(Refused):  # a folder that cannot be asked is said to be empty
-                    for each in (await connection.answer(pending)).named("STATUS"):
-                        name, numbers = self._status(each)
-                        said_already[name] = numbers
+                try:
+                    reply = await connection.answer(pending)
+                except Refused as error:
+                    if is_temporary(error.status):
+                        raise Temporary(str(error)) from None
+                    continue  # a folder that cannot be asked is said to be empty
+                for each in reply.named("STATUS"):
+                    name, numbers = self._status(each)
+                    said_already[name] = numbers
         return [_with(folder, said_already.get(folder.name, {})) for folder in found.values()]
 
     async def _learn_prefix(self) -> None:
