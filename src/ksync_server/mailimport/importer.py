@@ -389,13 +389,16 @@ class Importer:
 
     async def _take(self, reading: _Reading) -> None:
         """Take what comes until a request is answered."""
+        most = max(self._window.limit, 4 * self._settings.whole_bytes)  # more only where sizes lie
         parcels: list[Parcel] = []
         try:
             while isinstance(each := await reading.bodies.take(), Parcel):
                 self.counters.fetched_bytes += each.size
                 parcels.append(each)
+                if sum(parcel.size for parcel in parcels) > most:
+                    raise Poisoned([parcel.message for parcel in parcels], "its sizes are not what it says")
         except Poisoned as error:
-            self._poisoned(error, reading)
+            await self._poisoned(error, reading)
             raise Temporary(f"the source cannot be read on: {error}") from None
         finally:  # what came before a failure is kept
             if parcels:
@@ -427,11 +430,12 @@ class Importer:
             is_there = await self._source.is_there(message.uid)
             reading.ready.put_nowait(Failed(message, reason if is_there else "", message.size))
 
-    def _poisoned(self, error: Poisoned, reading: _Reading) -> None:
+    async def _poisoned(self, error: Poisoned, reading: _Reading) -> None:
         if len(error.messages) == 1:
             reading.ready.put_nowait(Failed(error.messages[0], str(error), 0))
         else:
             self._failed_singly = True  # the next run finds out which one it is
+            await self._commit(lambda tx: None)
 
     async def _take_long(self, reading: _Reading, walk: _Walk, message: Message) -> None:
         path = self._settings.spool / f"{self._import.id}-{walk.row.id}-{message.uid}"
@@ -442,7 +446,7 @@ class Importer:
         try:
             parcel = await self._source.spool(message, path)
         except Poisoned as error:
-            self._poisoned(error, reading)
+            await self._poisoned(error, reading)
             path.unlink(missing_ok=True)
             raise Temporary(f"the source cannot be read on: {error}") from None
         except Refused as error:
