@@ -1,4 +1,4 @@
-"""Run every part on SQLite and on PostgreSQL, print one table, fail if anything failed.
+"""Run every part on SQLite and on PostgreSQL side by side, print one table, fail if anything failed.
 
     python -m conformance [PART ...] [--database sqlite|postgresql] [--peer radicale|wsgidav] [-k EXPRESSION]
     python -m conformance fire ...      the server under fire, with choices of its own: see `fire --help`
@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,8 @@ PARTS = {
     "rclone": FOLDER / "external" / "rclone.py",
     "deploy": FOLDER / "external" / "deploy.py",
     "jobs": FOLDER / "jobs.py",
+    "dovecot": FOLDER / "external" / "dovecot.py",  # starts servers of its own
+    "mail_import": FOLDER / "mail_import.py",
     "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
     "fire-s3": FOLDER / "fire" / "__main__.py",
 }
@@ -56,10 +60,12 @@ OF_PEERS = {
 }
 # What anybody can run in two minutes a database; the rest: `./run conformance fire`.
 FIRE = {
-    "fire": ("kills", "reload", "full", "outage", "standby", "--kills", "8", "--requests", "1000"),
-    "fire-s3": ("kills", "store", "--bytes", "s3", "--errors", "0.05", "--kills", "4"),
+    "fire": ("kills", "reload", "full", "outage", "--kills", "5", "--requests", "1000"),
+    "fire-s3": ("--bytes", "s3", "--errors", "0.05", "--kills", "4"),
 }
-ONCE = {"start", "deploy", "jobs", "restore", "seen"}  # do not look at the target: once is enough
+ON_S3 = {"sqlite": "kills", "postgresql": "store"}  # one of the two on each: half the time
+# Do not look at the target: once is enough.
+ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot", "mail_import"}
 PART_TIMEOUT_S = 600
 
 
@@ -94,46 +100,71 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := set(chosen.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    parts = chosen.parts or OF_PEERS.get(chosen.peer, PARTS)
+    own = [part for part in parts if part not in ONCE and not (part in FIRE and chosen.ready)]
+    once = deque(part for part in parts if part in ONCE)
     outcomes: list[Outcome] = []
-    for server, target, ready in _targets(chosen):
-        for part in chosen.parts or OF_PEERS.get(chosen.peer, PARTS):
-            if part in FIRE and chosen.ready:
-                continue  # it does not look at a server that runs already
-            if part in ONCE and part in {outcome.part for outcome in outcomes}:
-                continue
-            outcome = run_part(server, part, target, ready, chosen.k)
-            outcomes.append(outcome)
-            print(f"{'ok  ' if outcome.green else 'FAIL'} {server:<11}{part:<11}", flush=True)
-            if not outcome.green:
-                print(outcome.output, flush=True)
+    with tempfile.TemporaryDirectory(prefix="ksync-conformance-", ignore_cleanup_errors=True) as name:
+        lanes = list(_lanes(chosen, Path(name)))
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            running = [pool.submit(_run_lane, lane, own, once, chosen.k) for lane in lanes]
+            for lane in running:
+                outcomes += lane.result()
     print_table(outcomes)
     return 0 if chosen.peer or (outcomes and all(outcome.green for outcome in outcomes)) else 1
 
 
-def _targets(chosen: argparse.Namespace) -> Iterator[tuple[str, Target, Path | None]]:
-    with tempfile.TemporaryDirectory(prefix="ksync-conformance-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        if chosen.ready:
-            yield "running", Target.from_ready(json.loads(chosen.ready.read_text())), chosen.ready
-        elif chosen.peer:
-            with getattr(peers, chosen.peer)(folder) as peer:
-                yield (
-                    chosen.peer,
-                    Target(peer.url.rstrip("/"), peer.url.rstrip("/"), peer.login, peer.password),
-                    None,
-                )
-        else:
-            for database in chosen.database or ("sqlite", "postgresql"):
-                with (
-                    _database_settings(database) as settings,
-                    _bytes_settings(chosen.bytes, folder) as more,
-                    demo(folder / database, settings=[*settings, *more]) as running,
-                ):
-                    ready = folder / f"{database}.json"
-                    ready.touch(mode=0o600)
-                    ready.write_text(json.dumps(dict(running.ready)))
-                    yield database, Target.from_ready(running.ready), ready
-                    _show_server_errors(running.log)
+Lane = contextlib.AbstractContextManager[tuple[str, Target, Path | None]]
+
+
+def _lanes(chosen: argparse.Namespace, folder: Path) -> Iterator[Lane]:
+    """A server each, to be started by who enters it; the lanes run at the same time."""
+    if chosen.ready:
+        target = Target.from_ready(json.loads(chosen.ready.read_text()))
+        yield contextlib.nullcontext(("running", target, chosen.ready))
+    elif chosen.peer:
+        yield _peer(chosen.peer, folder)
+    else:
+        for database in chosen.database or ("sqlite", "postgresql"):
+            yield _own(database, chosen.bytes, folder)
+
+
+def _run_lane(lane: Lane, own: list[str], once: deque[str], expression: str | None) -> list[Outcome]:
+    """Every part that looks at the lane's server, then of the others what no lane has begun yet."""
+    outcomes = []
+    with lane as (server, target, ready):
+        parts = deque(own)
+        while parts or once:
+            try:
+                part = (parts or once).popleft()
+            except IndexError:  # the other lane was quicker
+                break
+            outcome = run_part(server, part, target, ready, expression)
+            outcomes.append(outcome)
+            said = f"{'ok  ' if outcome.green else 'FAIL'} {server:<11}{part:<11}"
+            print(said if outcome.green else f"{said}\n{outcome.output}", flush=True)
+    return outcomes
+
+
+@contextlib.contextmanager
+def _peer(kind: str, folder: Path) -> Iterator[tuple[str, Target, Path | None]]:
+    with getattr(peers, kind)(folder) as peer:
+        url = peer.url.rstrip("/")
+        yield kind, Target(url, url, peer.login, peer.password), None
+
+
+@contextlib.contextmanager
+def _own(database: str, kind: str, folder: Path) -> Iterator[tuple[str, Target, Path | None]]:
+    with (
+        _database_settings(database) as settings,
+        _bytes_settings(kind, folder / f"{database}-bytes") as more,
+        demo(folder / database, settings=[*settings, *more]) as running,
+    ):
+        ready = folder / f"{database}.json"
+        ready.touch(mode=0o600)
+        ready.write_text(json.dumps(dict(running.ready)))
+        yield database, Target.from_ready(running.ready), ready
+        _show_server_errors(running.log)
 
 
 def _show_server_errors(log: Path) -> None:
@@ -160,6 +191,7 @@ def _bytes_settings(kind: str, folder: Path) -> Iterator[list[str]]:
     if kind == "files":
         yield []
         return
+    folder.mkdir()
     with s3() as server:
         # Small objects, so that files of the checks have several.
         yield [*server.arguments(server.create(), folder), "s3.extent_bytes=65536"]
@@ -180,7 +212,7 @@ def run_part(server: str, part: str, target: Target, ready: Path | None, express
         command += [] if ready else ["-m", "not demo"]
         if part in FIRE:
             command = [python, "-m", "conformance.fire", *FIRE[part], "--database", server]
-            command += ["--report", report]
+            command += ["--report", report, *([ON_S3[server]] if part == "fire-s3" else [])]
         try:
             done = subprocess.run(
                 [str(word) for word in command],

@@ -92,6 +92,13 @@ class Dovecot:
         """The Maildir of a user."""
         return self.folder / "mail" / user
 
+    def own(self, maildir: Path) -> None:
+        """Give files that another user wrote to the one that reads mail here."""
+        if os.getuid() == 0:
+            mail = pwd.getpwnam("mail")
+            for path in (maildir, *maildir.rglob("*")):
+                os.chown(path, mail.pw_uid, mail.pw_gid)
+
     def cpu_s(self) -> float:
         """CPU that its processes have used so far, those that ended included."""
         return tree_cpu_s(self.pid)

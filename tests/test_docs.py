@@ -102,7 +102,9 @@ def test_every_ksync_server_command_of_the_readme_exists() -> None:
     for line in re.findall(r"^ksync-server (.+)$", README, re.MULTILINE):
         command, *arguments = line.split("#")[0].split()
         found = main.get_command(context, command)
-        assert found is not None, command
+        if isinstance(found, click.Group):
+            found = found.get_command(context, arguments[0])
+        assert found is not None, line
         options = {option for parameter in found.params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("--")} <= options, line
 

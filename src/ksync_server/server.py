@@ -3,6 +3,7 @@
     supervisor --+-- web worker    (event loop, every listening socket, the admin socket)
                  +-- web worker
                  +-- job worker    (periodic work by leases)
+                 +-- mail worker   (Dovecot's log-ins, where `mail.dovecot_socket` is set)
 
 SIGTERM and SIGINT stop: no new connections, requests under way get `server.shutdown_timeout_s`. SIGHUP
 reloads: the configuration is checked, new workers start on the same sockets, and the old ones drain only when
@@ -33,10 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from ksync_server import log as logs
-from ksync_server import settings as configuration
 from ksync_server import worker
 from ksync_server.auth.memory import Memory
 from ksync_server.errors import ConfigError
+from ksync_server.mail import dovecot
 from ksync_server.settings import Settings
 from ksync_server.tls import Certificates
 
@@ -141,7 +142,7 @@ def notify(state: str) -> None:
 
 @dataclass(slots=True)
 class _Child:
-    kind: str  # web or jobs
+    kind: str  # web, jobs or mail
     generation: int
     pid: int
     ready_pipe: int  # one byte comes when it answers; -1 once that is known
@@ -169,7 +170,8 @@ class _Child:
 
 
 class _Sockets:
-    """Every listening socket by its setting (`listen`, `listen_tls`, `admin_listen`) and address."""
+    """Every listening socket by its setting (`listen`, `listen_tls`, `admin_listen`, `dovecot_socket`) and
+    address; of the last one, a path and 0."""
 
     def __init__(self, given: tuple[socket.socket, ...] = ()) -> None:
         self._given = given
@@ -191,12 +193,13 @@ class _Sockets:
         """Whether somebody else keeps every socket of clients open when we end."""
         return all(each in self._given for each in (*self.of("listen"), *self.of("listen_tls")))
 
-    def change(self, server: configuration.Server) -> None:
+    def change(self, wanted: Settings) -> None:
         """Open what the settings name and close what they do not; an address that is open already stays so.
 
         Raises:
             ConfigError: an address cannot be used; nothing has changed.
         """
+        server, mail = wanted.server, wanted.mail
         settings = [("listen", server.listen), ("listen_tls", server.listen_tls)]
         settings.append(("admin_listen", (server.admin_listen,) if server.admin_listen else ()))
         fresh: dict[tuple[str, Address], socket.socket] = {}
@@ -210,12 +213,19 @@ class _Sockets:
                         found = bind(key[1])
                         opened.append(found)
                     fresh[key] = found
+            if mail.dovecot_socket:
+                key = "dovecot_socket", (mail.dovecot_socket, 0)
+                found = self._open.get(key) if Path(mail.dovecot_socket).is_socket() else None
+                if found is None:
+                    found = dovecot.listen(mail)
+                    opened.append(found)
+                fresh[key] = found
         except ConfigError:
             for each in opened:
                 each.close()
             raise
         for key, each in self._open.items():
-            if key not in fresh and each not in self._given:
+            if fresh.get(key) is not each and each not in self._given:
                 each.close()
         self._open = fresh
 
@@ -290,7 +300,7 @@ class Supervisor:
             _raise_file_limit()
             self._certificates = _certificates(self._settings)
             self._sockets = _Sockets(inherited())
-            self._sockets.change(self._settings.server)
+            self._sockets.change(self._settings)
             for address in self._sockets.unused():
                 log.warning("a socket we were given is in no setting", extra={"listen": show(address)})
             gc.collect()
@@ -428,7 +438,7 @@ class Supervisor:
         try:
             settings = self._load()
             certificates = _certificates(settings)
-            self._sockets.change(settings.server)
+            self._sockets.change(settings)
         except ConfigError as error:
             log.error("not reloaded", extra={"reason": str(error)})
             return
@@ -459,6 +469,8 @@ class Supervisor:
         for _ in range(max(1, settings.server.workers)):
             self._spawn("web", settings)
         self._spawn("jobs", settings)
+        if settings.mail.dovecot_socket:
+            self._spawn("mail", settings)
 
     def _spawn(self, kind: str, settings: Settings) -> None:
         ready, answered = os.pipe()
@@ -497,7 +509,7 @@ class Supervisor:
                 kind,
                 settings,
                 self._memory,
-                listen=sockets.of("listen") if web else (),
+                listen=sockets.of({"web": "listen", "mail": "dovecot_socket"}.get(kind, "")),
                 listen_tls=sockets.of("listen_tls") if web else (),
                 certificates=self._certificates if web else None,
                 admin=next(iter(sockets.of("admin_listen")), None) if web else None,

@@ -226,7 +226,7 @@ class Jobs(Section, frozen=True):
 
 
 class Mail(Section, frozen=True):
-    """Mail to people: what changed in their account. It goes out through one relay (smarthost)."""
+    """Mail to people (what changed in their account) through one relay (smarthost), and their mailboxes."""
 
     relay: str = ""  # host name; empty = nobody is told
     port: int = 587
@@ -240,6 +240,9 @@ class Mail(Section, frozen=True):
     contact: str = ""  # whom people are told to ask: an address, URL or number
     timeout_s: float = 30.0  # for one answer of the relay
     per_minute: int = 60  # messages, over all nodes; 0 = no bound
+    dovecot_socket: str = ""  # where Dovecot asks who may open which mailbox; empty = none is served
+    folders: Path = Path("data/mail")  # Maildirs, a folder with a random name for each mailbox
+    owner: str = ""  # system user whose they are; empty = who runs this program
 
 
 class Outbound(Section, frozen=True):
@@ -619,7 +622,7 @@ def _unusable_names(drive: Drive) -> Iterator[Mistake]:
 
 def _unusable_mail(mail: Mail) -> Iterator[Mistake]:
     """Text that goes into headers and SMTP commands is one line; a password is never sent in the clear."""
-    for key in ("relay", "user", "from_address", "from_name", "reply_to", "contact"):
+    for key in ("relay", "user", "from_address", "from_name", "reply_to", "contact", "owner"):
         if not getattr(mail, key).isprintable():
             yield Mistake(f"mail.{key}", "must be one printable line")
     if mail.relay and not _HOST.fullmatch(mail.relay):
@@ -659,6 +662,8 @@ def anchored(settings: Settings, folder: Path) -> Settings:
             settings.mail,
             password_file=str(base / settings.mail.password_file) if settings.mail.password_file else "",
             ca_file=str(base / settings.mail.ca_file) if settings.mail.ca_file else "",
+            dovecot_socket=str(base / settings.mail.dovecot_socket) if settings.mail.dovecot_socket else "",
+            folders=base / settings.mail.folders,
         ),
         mail_import=replace(settings.mail_import, spool=base / settings.mail_import.spool),
         offers_file=base / settings.offers_file if settings.offers_file else None,

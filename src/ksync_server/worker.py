@@ -32,6 +32,7 @@ from ksync_server.disk import Disk
 from ksync_server.errors import ConfigError, KsyncError
 from ksync_server.listener import Arrivals, Entrance, Listener
 from ksync_server.mail import sender as mail
+from ksync_server.mail.dovecot import Bridge
 from ksync_server.metrics import CONTENT_TYPE, Metrics
 from ksync_server.networks import Networks
 from ksync_server.settings import Settings
@@ -55,7 +56,7 @@ _ONE = sa.select(sa.literal(1))
 class Task:
     """What one process is to do."""
 
-    kind: str  # web or jobs
+    kind: str  # web, jobs or mail
     settings: Settings
     memory: Memory  # of good account passwords, the same for all workers
     listen: tuple[socket.socket, ...]
@@ -293,6 +294,32 @@ def run_jobs(task: Task) -> None:
     services.close()
 
 
+def run_mail(task: Task) -> None:
+    """Answer Dovecot until told to leave."""
+    services = open_services(task.settings, task.memory)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_answer_dovecot(task, services))
+    services.close()
+
+
+async def _answer_dovecot(task: Task, services: Services) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        loop.add_signal_handler(number, stop.set)
+
+    def alone() -> None:
+        loop.remove_reader(task.lifeline)
+        stop.set()
+
+    loop.add_reader(task.lifeline, alone)  # nothing ever comes on it but its end
+    bridge = Bridge(services.settings.mail, services.database, services.gate)
+    await bridge.start(task.listen[0])
+    os.write(task.answered, b"1")
+    os.close(task.answered)
+    await stop.wait()
+    await bridge.close()
+
+
 def open_services(settings: Settings, memory: Memory | None = None) -> Services:
     """Services over a database of the current schema, the blobs folder made.
 
@@ -346,7 +373,7 @@ def work(task: Task) -> int:
     logs.configure(task.settings.log)
     tune_memory()
     try:
-        run_web(task) if task.kind == "web" else run_jobs(task)
+        {"web": run_web, "jobs": run_jobs, "mail": run_mail}[task.kind](task)
     except (KsyncError, OSError) as error:
         print(f"ksync-server: {error}", file=sys.stderr)
         return 1

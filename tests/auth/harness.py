@@ -13,7 +13,17 @@ import msgspec
 import pyotp
 
 from ksync_server import settings
-from ksync_server.auth import accounts, app_passwords, keys, offers, organizations, secondfactor
+from ksync_server.auth import (
+    accounts,
+    app_passwords,
+    device_passwords,
+    keys,
+    mailboxes,
+    offers,
+    organizations,
+    products,
+    secondfactor,
+)
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.gate import (
     Credentials,
@@ -25,6 +35,7 @@ from ksync_server.auth.gate import (
     Identity,
     Service,
 )
+from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.auth.memory import Memory
 from ksync_server.errors import NotAuthenticated, TooManyRequests
 from ksync_server.http import Peer
@@ -120,6 +131,38 @@ class Door:
             lambda tx: app_passwords.create(
                 tx, self.keys, account, name, scopes or app_passwords.SCOPES, **narrow
             )
+        )
+        return number, secret.shown
+
+    def organization(self, offer: str = "mail-premium", *members: Account, **options: Any) -> int:
+        """A new organization with a product under an offer."""
+
+        def create(tx: Write) -> int:
+            home = organizations.create_organization(tx, "Example")
+            products.create(tx, self.offers, home, offer, **options)
+            for member in members:
+                organizations.put_member(tx, home, member, "collaborator")
+            return home
+
+        return self.write(create)
+
+    def mailbox(
+        self, address: str, account: Account | None = None, *, home: int | None = None, **options: Any
+    ) -> Mailbox:
+        """A new mailbox, in an organization of its own unless one is named."""
+        members = () if account is None else (account,)
+        place = self.organization("mail-premium", *members) if home is None else home
+        hosts = self.settings.hosts.log_in
+        return self.write(
+            lambda tx: mailboxes.create(
+                tx, self.offers, place, address, **{"account": account, "sync_hosts": hosts, **options}
+            )
+        )
+
+    def device(self, mailbox: Mailbox, name: str = "phone", **options: Any) -> tuple[int, str]:
+        """A new device password: its id, and the secret as shown."""
+        number, secret = self.write(
+            lambda tx: device_passwords.create(tx, self.keys, mailbox, name, **options)
         )
         return number, secret.shown
 

@@ -9,14 +9,18 @@ from hypothesis import strategies as st
 from ksync_server import settings
 from ksync_server.auth import passwords
 from ksync_server.auth.passwords import LENGTH, AccountPasswords, app_password_letters, parse_app_password
+from ksync_server.auth.rules import Secret
 from ksync_server.errors import BadRequest
 
 LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
 bodies = st.text(LETTERS, min_size=LENGTH - 3, max_size=LENGTH - 3)
 
 
-def whole(body: str) -> str:
-    return body + passwords._check_letters(body)
+KINDS = st.sampled_from([Secret.APP_PASSWORD, Secret.DEVICE_PASSWORD])
+
+
+def whole(body: str, kind: Secret = Secret.APP_PASSWORD) -> str:
+    return body + passwords._check_letters(body, kind)
 
 
 def test_a_new_one_is_read_back_from_what_is_shown() -> None:
@@ -49,16 +53,25 @@ def test_case_separators_and_look_alikes_do_not_matter(body: str, data: st.DataO
     assert parse_app_password(text) is not None
 
 
-@given(bodies, st.integers(0, LENGTH - 1), st.sampled_from(LETTERS))
-def test_any_single_wrong_letter_is_found(body: str, at: int, letter: str) -> None:
-    text = whole(body)
+@given(bodies, KINDS)
+def test_a_secret_is_of_one_kind_only(body: str, kind: Secret) -> None:
+    found = parse_app_password(whole(body, kind))
+    assert found is not None
+    assert found.kind is kind
+    made = passwords.new_app_password(kind)
+    assert parse_app_password(made.secret) == made
+
+
+@given(bodies, st.integers(0, LENGTH - 1), st.sampled_from(LETTERS), KINDS)
+def test_any_single_wrong_letter_is_found(body: str, at: int, letter: str, kind: Secret) -> None:
+    text = whole(body, kind)
     wrong = text[:at] + letter + text[at + 1 :]
     assert (parse_app_password(wrong) is None) == (wrong != text)
 
 
-@given(bodies, st.integers(0, LENGTH - 5))
-def test_exchanged_neighbours_are_found(body: str, at: int) -> None:
-    text = whole(body)
+@given(bodies, st.integers(0, LENGTH - 5), KINDS)
+def test_exchanged_neighbours_are_found(body: str, at: int, kind: Secret) -> None:
+    text = whole(body, kind)
     wrong = text[:at] + text[at + 1] + text[at] + text[at + 2 :]
     assert (parse_app_password(wrong) is None) == (wrong != text)
 

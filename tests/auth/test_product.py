@@ -15,7 +15,7 @@ import pyotp
 import pytest
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, app_passwords, rules
+from ksync_server.auth import accounts, app_passwords, device_passwords, rules
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.gate import Credentials, DriveTarget, HomeTarget, Identity
 from ksync_server.auth.rules import Secret, Service
@@ -89,7 +89,7 @@ class Shown:
     """A secret as somebody shows it, and what the product's description says of it."""
 
     text: str
-    kind: str  # account, app, or nothing: opens nothing anywhere
+    kind: str  # account, app, device, or nothing: opens nothing anywhere
     scopes: set[str] = field(default_factory=set)
     read_only: bool = False
     drive: int | None = None
@@ -107,6 +107,14 @@ class World:
     second: int  # another drive with WebDAV, of everybody
     foreign: int  # of somebody else
     stranger: Account
+
+    def names(self, account: Account) -> dict[str, bool]:
+        """What is typed as a name, and whether it is a mailbox's."""
+        return {account.sync_id: False, account.login_email: False, mailbox_of(account): True}
+
+
+def mailbox_of(account: Account) -> str:
+    return f"mailbox.{account.login_email}"
 
 
 def _folder(door: Door, account: Account, drive_id: int, *names: str) -> int:
@@ -135,6 +143,10 @@ def _to_trash(door: Door, account: Account, drive_id: int, name: str) -> None:
 
 
 def _secrets(door: Door, account: Account, drive_id: int, foreign_secret: str) -> dict[str, Shown]:
+    box = door.mailbox(mailbox_of(account), account)
+    number, lost = door.device(box)
+    door.write(lambda tx: device_passwords.revoke(tx, box, number))
+    stranger = door.device(door.mailbox(f"shared.{account.login_email}"))[1]
     every = {"caldav", "carddav", "drive"}
 
     def app(*scopes: str, **narrow: object) -> str:
@@ -147,7 +159,10 @@ def _secrets(door: Door, account: Account, drive_id: int, foreign_secret: str) -
         "empty": Shown("", "nothing"),
         "longer than any": Shown(PASSWORD * 1000, "nothing"),
         "another account's": Shown(foreign_secret, "nothing"),
-        "device password": Shown(f"dev-{randomness.token_hex(16)}", "nothing"),
+        "device password": Shown(door.device(box)[1], "device"),
+        "another device password": Shown(door.device(box)[1], "device"),
+        "revoked device password": Shown(lost, "nothing"),
+        "device password of another mailbox": Shown(stranger, "nothing"),
         "session": Shown(randomness.token_urlsafe(32), "nothing"),
     }
     for scopes in SCOPE_SETS:
@@ -171,8 +186,8 @@ def _secrets(door: Door, account: Account, drive_id: int, foreign_secret: str) -
             found[f"{name}{', read-only' if read_only else ''}"] = shown
     _to_trash(door, account, drive_id, "Old")
     _to_trash(door, account, drive_id, "Older")
-    number, revoked = door.app_password(account)
-    door.write(lambda tx: app_passwords.revoke(tx, account, number))
+    app_number, revoked = door.app_password(account)
+    door.write(lambda tx: app_passwords.revoke(tx, account, app_number))
     found["revoked"] = Shown(revoked, "nothing")
     expiring = app(expires_at=int(time.time()) + 3600)
     c = t.app_password.c
@@ -211,10 +226,14 @@ def world(module_door: Door) -> World:
     return World(door, people, drives, second, foreign, stranger)
 
 
-def let_in(shown: Shown, factor: bool, state: str, service: str, address: str) -> bool:
+def let_in(
+    shown: Shown, factor: bool, state: str, service: str, address: str, *, mailbox: bool = False
+) -> bool:
     """APP3, APP4, APP9: who passes the door."""
     if state != "active" or address not in shown.addresses:
         return False
+    if mailbox or shown.kind == "device":  # the name of a mailbox is for mail alone, and mail knows no other
+        return mailbox and shown.kind == "device" and service in ("imap", "smtp")
     if shown.kind == "account":
         return not factor and service in ("caldav", "carddav", "drive", "sync", "web")
     return shown.kind == "app" and service in ("caldav", "carddav", "drive", "sync")
@@ -264,8 +283,8 @@ def test_the_door_and_every_room_are_what_the_table_says(
     peer = Peer(address, True, "")
     checked = opened = 0
     for (name, secret), service in itertools.product(shown.items(), Service):
-        expected = let_in(secret, factor, state, str(service), address)
-        for login in (account.sync_id, account.login_email):
+        for login, mailbox in world.names(account).items():
+            expected = let_in(secret, factor, state, str(service), address, mailbox=mailbox)
             credentials = Credentials(login, secret.text)
             if not expected:
                 with pytest.raises(NotAuthenticated):
@@ -273,7 +292,7 @@ def test_the_door_and_every_room_are_what_the_table_says(
                 continue
             identity = world.door.gate.identify(credentials, peer, service=service)
             assert identity.account_id == account.id, (name, service)
-        if expected:
+            assert (identity.mailbox is not None) is mailbox
             opened += 1
             checked += _rooms(world, account, secret, identity, service)
     assert state != "active" or (opened > 20 and checked > 5_000), (opened, checked)
@@ -283,6 +302,8 @@ def _rooms(world: World, account: Account, secret: Shown, identity: Identity, se
     """Every target and verb for one identity; returns how many."""
     verbs = sorted(READS | WRITES | STRANGE)
     gate, count = world.door.gate, 0
+    if secret.kind == "device":
+        return _no_room(world, account, identity)
     with world.door.database.read() as tx:
         for verb in verbs:
             if service is not Service.DRIVE:
@@ -302,6 +323,18 @@ def _rooms(world: World, account: Account, secret: Shown, identity: Identity, se
                 assert found == may_drive(secret, drive_id, member, webdav, verb), (secret, drive_id, verb)
                 count += 1
     return count
+
+
+def _no_room(world: World, account: Account, identity: Identity) -> int:
+    """A device password opens no room at all, whatever asks; returns how many were tried."""
+    targets: list[HomeTarget | DriveTarget] = [DriveTarget(number) for number in world.drives.values()]
+    owners = (account.sync_id, account.sync_id.lower(), world.stranger.sync_id, "")
+    targets += [HomeTarget(service, owner) for service in Service for owner in owners]
+    with world.door.database.read() as tx:
+        for target, verb in itertools.product(targets, sorted(READS | WRITES)):
+            with pytest.raises((Forbidden, NotFound)):
+                world.door.gate.authorize(tx, identity, target, verb)
+    return len(targets)
 
 
 def test_mail_and_web_targets_of_a_home_are_refused_whatever_is_shown(world: World) -> None:

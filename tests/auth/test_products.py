@@ -299,7 +299,9 @@ def test_a_ksuite_and_its_parts_stay_where_they_are(door: Door) -> None:
     suite, other = create(door, home, "ksuite-business"), create(door, home, "kdrive-pro")
     inside, outside = drive(door, suite), drive(door, other)
     refused(
-        Conflict, "not transferable", lambda: door.write(lambda tx: products.move(tx, suite.id, elsewhere))
+        Conflict,
+        "not transferable",
+        lambda: door.write(lambda tx: products.move(tx, door.offers, suite.id, elsewhere)),
     )
     for act in (
         lambda tx: products.move_drive(tx, inside, other.id),
@@ -308,7 +310,7 @@ def test_a_ksuite_and_its_parts_stay_where_they_are(door: Door) -> None:
         refused(Conflict, "moved or cancelled alone", lambda act=act: door.write(act))  # type: ignore[misc]
     door.write(lambda tx: products.move_drive(tx, outside, suite.id))
     second = drive(door, other)
-    door.write(lambda tx: products.move(tx, other.id, elsewhere))
+    door.write(lambda tx: products.move(tx, door.offers, other.id, elsewhere))
     door.write(lambda tx: products.cancel_drive(tx, second))
     with door.database.read() as tx:
         assert [(row["id"], row["product_id"]) for row in directory.drives(tx)] == [
@@ -339,7 +341,7 @@ def test_what_holds_something_is_not_cancelled(door: Door) -> None:
     number = drive(door, product, alice)
     fill(door, number, 1)
     for act in (
-        lambda tx: products.cancel(tx, product.id),
+        lambda tx: products.cancel(tx, door.offers, product.id),
         lambda tx: products.cancel_drive(tx, number),
     ):
         refused(Conflict, "still holds", lambda act=act: door.write(act))  # type: ignore[misc]
@@ -347,7 +349,7 @@ def test_what_holds_something_is_not_cancelled(door: Door) -> None:
         Conflict, "Cancel them", lambda: door.write(lambda tx: organizations.delete_organization(tx, home))
     )
     door.write(lambda tx: tx.execute(sa.update(t.drive).values(used_bytes=0, files=0)))
-    door.write(lambda tx: products.cancel(tx, product.id))
+    door.write(lambda tx: products.cancel(tx, door.offers, product.id))
     with door.database.read() as tx:
         assert (directory.products(tx), directory.drives(tx)) == ([], [])
         assert tx.execute(sa.select(sa.func.count()).select_from(t.node)).scalar_one() == 0
@@ -506,7 +508,7 @@ def test_products_are_changed_by_those_who_manage_the_organization(
         lambda tx: products.change_offer(tx, door.offers, product.id, "kdrive-pro", actor),
         lambda tx: organizations.create_drive(tx, product.id, "More", actor=actor),
         lambda tx: products.convert_to_ksuite(tx, door.offers, product.id, "ksuite-pro", actor),
-        lambda tx: products.cancel(tx, product.id, actor),
+        lambda tx: products.cancel(tx, door.offers, product.id, actor),
     ]
     for act in acts:
         if role in organizations.MANAGERS:
@@ -527,10 +529,18 @@ def test_a_product_moves_between_organizations_that_its_mover_manages_both(sqlit
     actor = Actor(alice.sync_id)
     mine, theirs = organization(door, alice, role="administrator"), organization(door)
     product = create(door, mine, "kdrive-solo")
-    refused(Forbidden, "Only", lambda: door.write(lambda tx: products.move(tx, product.id, theirs, actor)))
+    refused(
+        Forbidden,
+        "Only",
+        lambda: door.write(lambda tx: products.move(tx, door.offers, product.id, theirs, actor)),
+    )
     door.write(lambda tx: organizations.put_member(tx, theirs, alice, "administrator"))
-    door.write(lambda tx: products.move(tx, product.id, theirs, actor))
-    refused(NotFound, "no organization", lambda: door.write(lambda tx: products.move(tx, product.id, 99)))
+    door.write(lambda tx: products.move(tx, door.offers, product.id, theirs, actor))
+    refused(
+        NotFound,
+        "no organization",
+        lambda: door.write(lambda tx: products.move(tx, door.offers, product.id, 99)),
+    )
 
 
 def test_what_is_paid_is_the_operators_word(sqlite_door: Door) -> None:

@@ -140,7 +140,7 @@ def test_the_last_legal_representative_of_an_organization_with_products_stays(do
     restore(door, bob)
     delete(door, alice)
     refused(Conflict, said, lambda: delete(door, bob))
-    door.write(lambda tx: products.cancel(tx, product.id))
+    door.write(lambda tx: products.cancel(tx, door.offers, product.id))
     delete(door, bob)
 
 

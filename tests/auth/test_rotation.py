@@ -57,7 +57,7 @@ def counts(door: Door) -> dict[str, dict[str, int]]:
 
 def under(**kinds: int) -> dict[str, int]:
     return {
-        **dict.fromkeys(("application_passwords", "recovery_codes", "second_factors", "job_secrets"), 0),
+        **dict.fromkeys(rotation.KINDS, 0),
         **kinds,
     }
 

@@ -28,6 +28,7 @@ from ksync_server.auth.gate import Credentials, Service
 from ksync_server.background import handlers
 from ksync_server.cli import accounts as account_commands
 from ksync_server.cli import jobs as job_commands
+from ksync_server.cli import mail as mail_commands
 from ksync_server.cli.context import Context, Main
 from ksync_server.errors import NotAuthenticated
 from ksync_server.http import Peer
@@ -268,7 +269,7 @@ class Installation:
     def run(self, *words: str, given: str = "", code: int = 0) -> Any:
         """Run a command with --json."""
         group = Main("ksync-server")
-        for each in (account_commands, job_commands):
+        for each in (account_commands, job_commands, mail_commands):
             each.register(group)
         result = CliRunner().invoke(group, [*words, "--json"], input=given, obj=Context(self.config))
         assert result.exit_code == code, result.output

@@ -30,6 +30,7 @@ class Desk:
 
     database: Database
     settings: settings.Settings
+    keys: Keys = KEYS
 
     def order(
         self,
@@ -50,8 +51,8 @@ class Desk:
         else:
             place = {"kind": "imap", "server": _server(target, target_user)}
         sealed = {
-            passes.SOURCE: KEYS.seal(source_secret.encode()),
-            passes.TARGET: KEYS.seal(target_secret.encode()),
+            passes.SOURCE: self.keys.seal(source_secret.encode()),
+            passes.TARGET: self.keys.seal(target_secret.encode()),
         }
 
         def queue(tx: Any) -> int:
@@ -69,7 +70,7 @@ class Desk:
 
     def runner(self) -> Runner:
         """A worker for the jobs of imports alone."""
-        handler = Handler(passes.Passes(self.settings, self.database, KEYS).run)
+        handler = Handler(passes.Passes(self.settings, self.database, self.keys).run)
         return Runner(self.database, (), {passes.KIND: handler}, self.settings.jobs)
 
     def work(self, *, most: int = 200, hurry: bool = True) -> int:

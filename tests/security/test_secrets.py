@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import socket
 import stat
 import time
 import tomllib
@@ -102,6 +103,32 @@ def _accounts(operator: Operator, secrets: Secrets) -> tuple[str, str, str, str]
     return name, app["secret"], revoked["secret"], sync_id
 
 
+def _mail(operator: Operator, secrets: Secrets, place: Path, name: str) -> list[bytes]:
+    """Log-ins to a mailbox, right and wrong, as Dovecot asks about them."""
+    operator.run("org", "member", "add", "1", name)
+    operator.run("mailbox", "create", name, "--organization", "1", "--account", name)
+    made = [operator.run("device-password", "create", name, "--name", each, shows=True) for each in "ab"]
+    operator.run("device-password", "revoke", name, str(made[1]["id"]))
+    operator.run("device-password", "list", name)
+    operator.run("mailbox", "show", name)
+    secrets.known |= {"device password": made[0]["secret"], "revoked device password": made[1]["secret"]}
+    said = []
+    for secret in (made[0]["secret"], made[0]["secret"].upper(), made[1]["secret"], SECOND, TYPED):
+        words = [word.encode().hex() for word in ("imap", "192.0.2.7", name, secret)]
+        for line in (
+            " ".join(["login", *words]),
+            " ".join(["login", *words[:3], secret]),
+        ):  # the last: broken
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.settimeout(20)
+                client.connect(str(place))
+                client.sendall(line.encode() + b"\n")
+                said.append(client.recv(10_000))
+    assert said[0].startswith(b"ok ")
+    assert b"no\n" in said
+    return said
+
+
 def _requests(server: Demo, name: str, app: str, revoked: str, sync_id: str) -> list[Answer | bytes]:
     """What programs and people do, right and wrong."""
     home = f"/calendars/{sync_id}/"
@@ -176,7 +203,7 @@ def _processes(server: Demo) -> Iterator[bytes]:
 def test_a_day_of_log_ins_leaves_no_secret_behind(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    overrides = ["server.workers=1"]
+    overrides = ["server.workers=1", f"mail.dovecot_socket={tmp_path / 'ask'}"]
     url = ""
     if kind == "postgresql":
         url = request.getfixturevalue("postgresql_url")
@@ -190,7 +217,8 @@ def test_a_day_of_log_ins_leaves_no_secret_behind(
                 secrets.raw[f"{part} of {number}"] = base64.b64decode(value)
         operator = Operator(server, overrides)
         name, app, revoked, sync_id = _accounts(operator, secrets)
-        for answer in _requests(server, name, app, revoked, sync_id):
+        mailed = _mail(operator, secrets, tmp_path / "ask", name)
+        for answer in [*mailed, *_requests(server, name, app, revoked, sync_id)]:
             whole = answer if isinstance(answer, bytes) else str(answer.headers).encode() + answer.body
             assert secrets.found_in(whole) == set()
         for content in _processes(server):

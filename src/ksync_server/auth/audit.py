@@ -31,6 +31,7 @@ TOLD = frozenset(
         "account.restored",
         "account.suspended",
         "app-password.create",
+        "device-password.create",
         "log-in.refused",
         "second-factor.confirm",
         "second-factor.recovery-code-used",
@@ -39,7 +40,8 @@ TOLD = frozenset(
         "security.alert",
     ]
 )
-"""Actions whose subject is an account (a sync id) and whose owner gets an e-mail.
+"""Actions whose subject is an account (a sync id; of a mailbox that is nobody's, its address, and then nobody
+is told) and whose owner gets an e-mail.
 
 It goes to the addresses that the row's detail names as `told`, as they were at the change; without them, to
 the login e-mail.

@@ -123,6 +123,35 @@ def app_passwords(tx: Read, account: Account) -> Rows:
     return [{**row, "scopes": row["scopes"].split(), "addresses": row["addresses"].split()} for row in rows]
 
 
+def mailboxes(tx: Read, *, organization_id: int | None = None, account: Account | None = None) -> Rows:
+    """Mailboxes by address, with whose they are and how many device passwords they have."""
+    m, a, d = t.mailbox.c, t.account.c, t.device_password.c
+    live = sa.select(sa.func.count()).where(d.mailbox_id == m.id, d.revoked_at.is_(None)).scalar_subquery()
+    statement = sa.select(
+        m.address,
+        m.organization_id,
+        a.sync_id,
+        m.state,
+        m.quota_bytes,
+        live.label("device_passwords"),
+        m.folder,
+        m.created_at,
+    ).select_from(t.mailbox.outerjoin(t.account, a.id == m.account_id))
+    if organization_id is not None:
+        statement = statement.where(m.organization_id == organization_id)
+    if account is not None:
+        statement = statement.where(m.account_id == account.id)
+    return _rows(tx, statement.order_by(m.address_key))
+
+
+def device_passwords(tx: Read, mailbox_id: int) -> Rows:
+    """Device passwords of a mailbox, revoked ones too: created, last used, where and by what (APP2)."""
+    c = t.device_password.c
+    use = (c.last_used_at, c.last_service, c.last_address, c.last_client)
+    statement = sa.select(c.id, c.name, c.created_at, c.revoked_at, *use)
+    return _rows(tx, statement.where(c.mailbox_id == mailbox_id).order_by(c.id))
+
+
 def second_factors(tx: Read, account: Account) -> Rows:
     """Second factors, the one that waits for its first code too (confirmed_at is None)."""
     c = t.second_factor.c

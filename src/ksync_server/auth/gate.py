@@ -11,7 +11,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import overload
+from typing import Any, overload
 
 import sqlalchemy as sa
 
@@ -20,6 +20,7 @@ from ksync_server.auth import accounts, app_passwords, folders, passwords, rules
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.folders import Folder
 from ksync_server.auth.keys import Keys
+from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.auth.memory import Memory
 from ksync_server.auth.notes import Notes, Use
 from ksync_server.auth.offers import Offers, storage_of
@@ -54,9 +55,9 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An account that passed the door, and with which secret."""
+    """An account that passed the door, and with which secret; or a mailbox, whose account may be nobody."""
 
-    account_id: int
+    account_id: int  # 0 and sync id "": the mailbox is nobody's
     sync_id: str  # canonical, upper case
     login_email: str
     display_name: str
@@ -65,10 +66,13 @@ class Identity:
     read_only: bool = False
     drive_id: int | None = None  # the only drive that it opens; None: all of the account's
     folder_id: int | None = None  # node: all that it sees of that drive
+    mailbox: Mailbox | None = None  # all that a device password opens
 
     @property
     def secret(self) -> Secret:
         """The class of the secret that was shown."""
+        if self.mailbox is not None:
+            return Secret.DEVICE_PASSWORD
         return Secret.ACCOUNT_PASSWORD if self.app_password_id is None else Secret.APP_PASSWORD
 
 
@@ -118,6 +122,7 @@ class DriveGrant:
 _REFUSED = "The name or the password is not right, or an application password is needed."
 _NOTHING_HERE = "There is nothing here."
 _NEVER = 1 << 60  # Unix seconds
+_OF_SECRET = 19  # columns of a row about a secret and its account; behind them a device password's mailbox
 _holds = itemgetter(0)
 
 
@@ -133,10 +138,15 @@ class _Refusal:
     blocked_s: int = 0  # not verified, because of too many wrong ones before
 
 
-# The row of an id, or of its neighbour where nobody has it: one way through the store, whatever the outcome.
-_neighbour = t.app_password.alias("neighbour")
-_first = sa.select(sa.func.min(_neighbour.c.lookup))
-_at_or_after = _first.where(_neighbour.c.lookup >= sa.bindparam("lookup"))
+def _nearest(table: sa.Table) -> sa.ColumnElement[bool]:
+    """The row of an id, or of its neighbour where nobody has it: one way through the store, whatever the
+    outcome."""
+    neighbour = table.alias("neighbour")
+    first = sa.select(sa.func.min(neighbour.c.lookup))
+    at_or_after = first.where(neighbour.c.lookup >= sa.bindparam("lookup"))
+    return table.c.lookup == sa.func.coalesce(at_or_after.scalar_subquery(), first.scalar_subquery())
+
+
 _APP_PASSWORD = (
     sa.select(
         t.app_password.c.lookup,
@@ -160,15 +170,82 @@ _APP_PASSWORD = (
         t.account.c.second_factor,
     )
     .join(t.account, t.account.c.id == t.app_password.c.account_id)
-    .where(
-        t.app_password.c.lookup == sa.func.coalesce(_at_or_after.scalar_subquery(), _first.scalar_subquery())
+    .where(_nearest(t.app_password))
+)
+_D, _M = t.device_password.c, t.mailbox.c
+# The same columns, so that both kinds are judged by one function; then the mailbox.
+_DEVICE_PASSWORD = (
+    sa.select(
+        _D.lookup,
+        _D.id,
+        _D.digest,
+        _D.key_id,
+        sa.literal(""),
+        _D.revoked_at,
+        sa.null(),
+        sa.literal(""),
+        _D.last_used_at,
+        sa.false(),
+        sa.null(),
+        sa.null(),
+        sa.func.coalesce(t.account.c.id, 0),
+        sa.func.coalesce(t.account.c.sync_id, ""),
+        _M.address,
+        _M.address_key,
+        sa.func.coalesce(t.account.c.display_name, ""),
+        sa.case(
+            (_M.state != "active", _M.state),
+            (t.account.c.state != "active", sa.literal("that of an account that is ") + t.account.c.state),
+            (
+                sa.and_(_M.account_id.is_not(None), t.member.c.account_id.is_(None)),
+                "of somebody who left the organization",
+            ),
+            else_="active",
+        ),
+        sa.false(),
+        _M.id,
+        _M.organization_id,
+        _M.account_id,
+        _M.address,
+        _M.folder,
+        _M.state,
+        _M.quota_bytes,
     )
+    .select_from(
+        t.device_password.join(t.mailbox, _M.id == _D.mailbox_id)
+        .outerjoin(t.account, t.account.c.id == _M.account_id)
+        .outerjoin(
+            t.member,
+            (t.member.c.account_id == _M.account_id) & (t.member.c.organization_id == _M.organization_id),
+        )
+    )
+    .where(_nearest(t.device_password))
 )
-_REKEY = (
-    sa.update(t.app_password)
-    .where(t.app_password.c.id == sa.bindparam("id_"), t.app_password.c.key_id == sa.bindparam("old_key"))
-    .values(key_id=sa.bindparam("new_key"), digest=sa.bindparam("digest"))
-)
+
+
+def _rekey(table: sa.Table) -> sa.Update:
+    c = table.c
+    return (
+        sa.update(table)
+        .where(c.id == sa.bindparam("id_"), c.key_id == sa.bindparam("old_key"))
+        .values(key_id=sa.bindparam("new_key"), digest=sa.bindparam("digest"))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kind of secret that nobody guesses: where its rows are, and whose they are."""
+
+    row: sa.Select[Any]
+    rekey: sa.Update
+    called: str
+    of: str  # what it opens, and what `state` is the state of
+
+
+_KINDS = {
+    Secret.APP_PASSWORD: _Kind(_APP_PASSWORD, _rekey(t.app_password), "application password", "account"),
+    Secret.DEVICE_PASSWORD: _Kind(_DEVICE_PASSWORD, _rekey(t.device_password), "device password", "mailbox"),
+}
 _other = t.drive.alias("other")
 _OTHERS_USE = (
     sa.select(sa.func.coalesce(sa.func.sum(_other.c.used_bytes), 0))
@@ -252,7 +329,7 @@ class Gate:
         Raises:
             NotAuthenticated, AppPasswordRequired, TooManyRequests: as `identify`.
 
-        Cost: one indexed read for an application password, two for an account password.
+        Cost: one indexed read for an application or device password, two for an account password.
         """
         return self._admit(credentials, peer, service, verify=False)
 
@@ -273,8 +350,9 @@ class Gate:
             TooManyRequests: too many wrong account passwords before; nothing was verified (APP8).
             Unavailable: too many password verifications are waiting.
 
-        Cost: one indexed read for an application password; for an account password two reads and, where no
-            process has verified it since the last change of the account, one argon2id.
+        Cost: one indexed read for an application or device password; for an account password two reads and,
+            where the service takes one and no process has verified it since the last change of the account,
+            one argon2id.
         """
         identity = self._admit(credentials, peer, service, verify=True)
         assert identity is not None, "verified"
@@ -308,7 +386,7 @@ class Gate:
         if len(credentials.secret.encode("utf-8", "surrogatepass")) > self._settings.auth.password_bytes:
             outcome = _Refusal("secret too long")
         elif (letters := passwords.app_password_letters(credentials.secret)) is not None:
-            outcome = self._by_app_password(credentials.name, letters, peer, service)
+            outcome = self._by_letters(credentials.name, letters, peer, service)
         else:
             outcome = self._by_account_password(credentials, peer, service, verify=verify)
         if not isinstance(outcome, _Refusal):
@@ -316,25 +394,29 @@ class Gate:
         self._note_refusal(outcome, credentials, peer, service)
         raise _error(outcome)
 
-    # -- application passwords ----------------------------------------------------------------------
+    # -- application and device passwords -----------------------------------------------------------
 
-    def _by_app_password(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
+    def _by_letters(self, name: str, letters: str, peer: Peer, service: Service) -> Identity | _Refusal:
         secret = passwords.parse_app_password(letters)
         if secret is None:
             return _Refusal("mistyped application password")
-        rows = self._database.fast(_APP_PASSWORD, {"lookup": secret.lookup})
+        kind = _KINDS[secret.kind]
+        rows = self._database.fast(kind.row, {"lookup": secret.lookup})
         if not rows:
-            return _Refusal("no such application password")  # there is none at all
+            return _Refusal(f"no such {kind.called}")  # there is none at all
         refusal = self._judge(rows[0], name, secret, peer, service)
         return self._bearer(rows[0], secret, name, peer, service) if refusal is None else refusal
 
     def _judge(
         self, row: Row, name: str, secret: passwords.AppPassword, peer: Peer, service: Service
     ) -> _Refusal | None:
-        """Why an application password is refused, None where it is right; everything is looked at always."""
-        lookup, _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row
+        """Why a secret is refused, None where it is right; everything is looked at always."""
+        lookup, _, digest, key_id, _, revoked, expires, networks, _, _, _, _, *owner = row[:_OF_SECRET]
         _, sync_id, _, login_key, _, state, second_factor = owner
         typed, is_email = accounts.canonical_name(name, self._sync_hosts)
+        # A mailbox has no name but its address (MAIL1).
+        by_id = sync_id if secret.kind is Secret.APP_PASSWORD else None
+        kind, of = _KINDS[secret.kind].called, _KINDS[secret.kind].of
         try:
             _, wanted = self._keys.digest(secret.secret.encode("ascii"), key_id)
         except ConfigError:
@@ -343,41 +425,54 @@ class Gate:
         now = time.time()
         inside = passwords.is_within(peer.address, networks or "0.0.0.0/0 ::/0") or not networks
         causes = (
-            (lookup != secret.lookup, "no such application password", False),
+            (lookup != secret.lookup, f"no such {kind}", False),
             (not wanted, f"the key file has no key set {key_id}", False),
-            (not right, "no such application password", False),
+            (not right, f"no such {kind}", False),
             (
-                typed != (login_key if is_email else sync_id),
-                "the application password of another account",
+                typed != (login_key if is_email else by_id),
+                f"the {kind} of another {of}",
                 True,
             ),
-            (revoked is not None, "revoked application password", True),
-            (now >= (expires or _NEVER), "expired application password", True),
-            (not inside, "an address that the application password is not for", True),
-            (state != "active", f"the account is {state}", True),
+            (revoked is not None, f"revoked {kind}", True),
+            (now >= (expires or _NEVER), f"expired {kind}", True),
+            (not inside, f"an address that the {kind} is not for", True),
+            (state != "active", f"the {of} is {state}", True),
             (
-                not rules.opens(Secret.APP_PASSWORD, service, second_factor=bool(second_factor)),
-                f"an application password does not open {service}",
+                not rules.opens(secret.kind, service, second_factor=bool(second_factor)),
+                f"{service} takes no {kind}",
                 True,
             ),
         )
         holds, reason, owned = max(causes, key=_holds)  # the first of those that hold; looks at each
-        return _Refusal(reason, sync_id, right=owned) if holds else None
+        return _Refusal(reason, sync_id or None, right=owned) if holds else None
 
     def _bearer(
         self, row: Row, secret: passwords.AppPassword, name: str, peer: Peer, service: Service
     ) -> Identity:
-        _, number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row
+        _, number, _, key_id, scopes, _, _, _, used_at, read_only, drive_id, folder_id, *owner = row[
+            :_OF_SECRET
+        ]
         account_id, sync_id, email, _, shown, _, _ = owner
         if self._keys.is_outdated(key_id):
             self._rekey(number, key_id, secret)
-        use = Use(number, int(time.time()), service, peer.address, peer.user_agent[:200])
+        use = Use(secret.kind, number, int(time.time()), service, peer.address, peer.user_agent[:200])
         if self._notes.use(used_at, use):
             typed, _ = accounts.canonical_name(name, self._sync_hosts)
             self.throttle.trust(self.throttle.attempt(typed, peer.address, ""))
         scoped = frozenset(scopes.split())
+        mailbox = Mailbox(*row[_OF_SECRET:]) if secret.kind is Secret.DEVICE_PASSWORD else None
+        app_password_id = number if mailbox is None else None
         return Identity(
-            account_id, sync_id, email, shown, scoped, number, bool(read_only), drive_id, folder_id
+            account_id,
+            sync_id,
+            email,
+            shown,
+            scoped,
+            app_password_id,
+            bool(read_only),
+            drive_id,
+            folder_id,
+            mailbox,
         )
 
     # -- account passwords --------------------------------------------------------------------------
@@ -399,6 +494,10 @@ class Gate:
         if standing.blocked_s:
             self.throttle.failed(attempt, standing)
             return _Refusal("too many wrong log-ins", repeated=standing.known, blocked_s=standing.blocked_s)
+        if not rules.opens(Secret.ACCOUNT_PASSWORD, service, second_factor=False):
+            # Not verified, since it opens nothing here either way: nothing to learn, and no argon2 to burn.
+            self.throttle.failed(attempt, standing)
+            return _Refusal(f"{service} takes no account password", repeated=standing.known)
         if not verify:
             return None
         with self.throttle.verifying(attempt):
@@ -448,11 +547,8 @@ class Gate:
                 return _Refusal(
                     f"the account is {account.state}", account.sync_id, right=True, repeated=repeated
                 )
-            if account.second_factor:
-                reason = "an application password is needed"
-                return _Refusal(reason, account.sync_id, right=True, second_factor=True, repeated=repeated)
-            reason = f"an account password does not open {service}"
-            return _Refusal(reason, account.sync_id, right=True, repeated=repeated)
+            reason = "an application password is needed"
+            return _Refusal(reason, account.sync_id, right=True, second_factor=True, repeated=repeated)
         if stored is not None and self.passwords.is_outdated(stored):
             self._rehash(account, password)
         return None
@@ -468,10 +564,11 @@ class Gate:
         self._notes.later(lambda tx: tx.execute(update))
 
     def _rekey(self, number: int, key_id: str, secret: passwords.AppPassword) -> None:
-        """Bring an application password to the current key set, now that its letters are here."""
+        """Bring an application or device password to the current key set, now that its letters are here."""
         now_id, digest = self._keys.digest(secret.secret.encode("ascii"))
         row = {"id_": number, "old_key": key_id, "new_key": now_id, "digest": digest}
-        self._notes.later(lambda tx: tx.fast(_REKEY, row))
+        statement = _KINDS[secret.kind].rekey
+        self._notes.later(lambda tx: tx.fast(statement, row))
 
     def _note_refusal(
         self, refusal: _Refusal, credentials: Credentials, peer: Peer, service: Service

@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from ksync_server.auth import audit
-from ksync_server.auth.rules import Service
+from ksync_server.auth.rules import Secret, Service
 from ksync_server.errors import Unavailable
 from ksync_server.http import Peer
 from ksync_server.store import tables as t
@@ -25,25 +25,29 @@ log = logging.getLogger(__name__)
 _TELL_EVERY_S = 3600.0  # one cause is put into the audit once in this time and process
 _REMEMBERED = 10_000  # secrets and accounts whose last note is remembered per process
 
-_USED = (
-    sa.update(t.app_password)
-    .where(
-        t.app_password.c.id == sa.bindparam("id_"),
-        sa.func.coalesce(t.app_password.c.last_used_at, 0) < sa.bindparam("at"),
+
+def _used(table: sa.Table) -> sa.Update:
+    c = table.c
+    return (
+        sa.update(table)
+        .where(c.id == sa.bindparam("id_"), sa.func.coalesce(c.last_used_at, 0) < sa.bindparam("at"))
+        .values(
+            last_used_at=sa.bindparam("at"),
+            last_service=sa.bindparam("service"),
+            last_address=sa.bindparam("address"),
+            last_client=sa.bindparam("client"),
+        )
     )
-    .values(
-        last_used_at=sa.bindparam("at"),
-        last_service=sa.bindparam("service"),
-        last_address=sa.bindparam("address"),
-        last_client=sa.bindparam("client"),
-    )
-)
+
+
+_USED = {Secret.APP_PASSWORD: _used(t.app_password), Secret.DEVICE_PASSWORD: _used(t.device_password)}
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """When and how an application password was used."""
+    """When and how an application or device password was used."""
 
+    kind: Secret
     number: int
     at: int
     service: str
@@ -58,7 +62,7 @@ class Notes:
         self._database = database
         self._every_s = every_s
         self._lock = threading.Lock()
-        self._uses: dict[int, Use] = {}  # not written yet
+        self._uses: dict[tuple[Secret, int], Use] = {}  # not written yet
         self._writing = False
         self._queued: set[Future[Any]] = set()
         self._noted: OrderedDict[tuple[str, object], float] = OrderedDict()  # what -> monotonic time
@@ -71,10 +75,11 @@ class Notes:
         """
         if last_used_at is not None and use.at - last_used_at < self._every_s:
             return False
-        if not self._is_due("use", use.number, self._every_s):
+        secret = use.kind, use.number
+        if not self._is_due("use", secret, self._every_s):
             return False
         with self._lock:
-            self._uses[use.number] = use
+            self._uses[secret] = use
             if self._writing:
                 return True
             self._writing = True
@@ -88,7 +93,7 @@ class Notes:
             self._writing = False
         for use in uses:
             values = {"at": use.at, "service": use.service, "address": use.address, "client": use.client}
-            tx.fast(_USED, {"id_": use.number, **values})
+            tx.fast(_USED[use.kind], {"id_": use.number, **values})
 
     def refusal(self, sync_id: str | None, reason: str, peer: Peer, service: Service, *, told: bool) -> None:
         """Leave a row in the audit, at most one per account and reason and hour, and tell the owner by

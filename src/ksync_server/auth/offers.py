@@ -15,6 +15,7 @@ from ksync_server.settings import GB
 
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     webdav: bool
+    mailboxes: bool = False
     aliases: tuple[str, ...] = ()
     webhooks: int | None = None
     seats_min: int = 0
@@ -30,6 +31,7 @@ class Offer:
 
     id: str
     webdav: bool
+    mailboxes: bool  # as many addresses as seats
     webhooks: int | None  # None = no limit
     seats_min: int
     seats_max: int | None
@@ -55,6 +57,7 @@ class Offers:
             name: Offer(
                 name,
                 row.webdav,
+                row.mailboxes,
                 row.webhooks,
                 row.seats_min,
                 row.seats_max,

@@ -49,6 +49,10 @@ _PRODUCTS = sa.select(t.product.c.id, t.product.c.offer).where(
     t.product.c.organization_id == sa.bindparam("organization_id")
 )
 
+_MAILBOX = (
+    sa.select(t.mailbox.c.id).where(t.mailbox.c.organization_id == sa.bindparam("organization_id")).limit(1)
+)
+
 
 def create_organization(tx: Write, name: str, actor: Actor = OPERATOR) -> int:
     """A new organization; returns its id. An account that makes one is its legal representative (ACC9).
@@ -75,7 +79,7 @@ def delete_organization(tx: Write, organization_id: int, actor: Actor = OPERATOR
     Raises:
         NotFound: no such organization.
         Forbidden: the actor is none of its legal representatives.
-        Conflict: it has products; cancel them first.
+        Conflict: it has products or mailboxes; cancel and delete them first.
     """
     hold(tx, organization_id)
     require_role(tx, organization_id, actor, ("legal_representative",))
@@ -83,6 +87,8 @@ def delete_organization(tx: Write, organization_id: int, actor: Actor = OPERATOR
     if products:
         offers = ", ".join(f"{offer} ({number})" for number, offer in products)
         raise Conflict(f"Organization {organization_id} has products: {offers}. Cancel them first.")
+    if tx.one(_MAILBOX, {"organization_id": organization_id}) is not None:
+        raise Conflict(f"Organization {organization_id} has mailboxes: delete them first.")
     tx.execute(sa.delete(t.organization).where(t.organization.c.id == organization_id))
     audit.record(tx, actor, "org.delete", str(organization_id))
 

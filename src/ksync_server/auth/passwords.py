@@ -1,9 +1,11 @@
-"""The two kinds of secret at the sync and drive doors: account passwords and application passwords.
+"""The kinds of secret at the doors: account passwords, application passwords, device passwords of mailboxes.
 
 An application password is `id` + 135 random bits + check characters in an alphabet without look-alikes. It
 needs no slow hash, because nobody can guess it: an HMAC under a pepper is stored, and its row is read on
-every request. An account password is chosen by a person: argon2id, and a memory of good results that holds no
-password and dies with the account's `auth_epoch` (`auth.memory`).
+every request. A device password looks the same, and its check characters tell it apart, so that a secret of
+one kind is none of the other's, whatever rows there are. An account password is chosen by a person:
+argon2id, and a memory of good results that holds no password and dies with the account's `auth_epoch`
+(`auth.memory`).
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from argon2.exceptions import InvalidHashError, VerifyMismatchError
 
 from ksync_server import settings as configuration
 from ksync_server.auth.memory import Memory
+from ksync_server.auth.rules import Secret
 from ksync_server.errors import BadRequest, Unavailable
 
 T = TypeVar("T")
 
-# -- application passwords ------------------------------------------------------------------------
+# -- application and device passwords ------------------------------------------------------------------------
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # without i, l, o and u
 _HYPHENS = "-\u2010\u2011\u2012\u2013\u00ad"  # as keyboards and word processors write them
@@ -39,6 +42,9 @@ _TYPED = (
 )
 _BASE_32 = str.maketrans(_ALPHABET, "0123456789abcdefghijklmnopqrstuv")
 _PRIME = 32_749  # the largest below 2^15
+# What the check of a kind is moved by. A wrong letter or two exchanged neighbours never make one of the other
+# kind out of one: no change of those moves the check by half the prime.
+_MOVED = {Secret.APP_PASSWORD: 0, Secret.DEVICE_PASSWORD: _PRIME // 2}
 _ID, _SECRET, _CHECK = 6, 27, 3  # letters of 5 bits: 30 bits to find the row, 135 secret, 15 against typos
 LENGTH = _ID + _SECRET + _CHECK
 _SHAPE = re.compile(f"[{_ALPHABET}]{{{LENGTH}}}")
@@ -46,10 +52,11 @@ _SHAPE = re.compile(f"[{_ALPHABET}]{{{LENGTH}}}")
 
 @dataclass(frozen=True, slots=True)
 class AppPassword:
-    """A well-formed application password; whether it exists is not said."""
+    """A well-formed application or device password; whether it exists is not said."""
 
     lookup: str  # its public part, unique
     secret: str  # canonical text of the whole, what the digest is made of
+    kind: Secret = Secret.APP_PASSWORD
 
     @property
     def shown(self) -> str:
@@ -57,16 +64,16 @@ class AppPassword:
         return "-".join(self.secret[at : at + 4] for at in range(0, LENGTH, 4))
 
 
-def _check_letters(text: str) -> str:
+def _check_letters(text: str, kind: Secret = Secret.APP_PASSWORD) -> str:
     """The text as a number modulo a prime: any one wrong letter, and any two exchanged neighbours, show."""
-    number = int(text.translate(_BASE_32), 32) % _PRIME
+    number = (int(text.translate(_BASE_32), 32) + _MOVED[kind]) % _PRIME
     return "".join(_ALPHABET[number >> shift & 31] for shift in (10, 5, 0))
 
 
-def new_app_password() -> AppPassword:
+def new_app_password(kind: Secret = Secret.APP_PASSWORD) -> AppPassword:
     """A fresh one."""
     text = "".join(secrets.choice(_ALPHABET) for _ in range(_ID + _SECRET))
-    return AppPassword(text[:_ID], text + _check_letters(text))
+    return AppPassword(text[:_ID], text + _check_letters(text, kind), kind)
 
 
 def app_password_letters(typed: str) -> str | None:
@@ -82,13 +89,14 @@ def app_password_letters(typed: str) -> str | None:
 
 
 def parse_app_password(letters: str) -> AppPassword | None:
-    """An application password from its letters; None where the check letters show a typing mistake.
+    """An application or device password from its letters; None where the check letters show a typing mistake.
 
-    Cost: a microsecond; no hash, no row.
+    Cost: microseconds; no hash, no row.
     """
-    if _check_letters(letters[:-_CHECK]) != letters[-_CHECK:]:
-        return None
-    return AppPassword(letters[:_ID], letters)
+    for kind in _MOVED:
+        if _check_letters(letters[:-_CHECK], kind) == letters[-_CHECK:]:
+            return AppPassword(letters[:_ID], letters, kind)
+    return None
 
 
 def networks(addresses: Iterable[str]) -> str:

@@ -51,6 +51,7 @@ _USED = sa.select(sa.func.coalesce(sa.func.sum(t.drive.c.used_bytes), 0)).where(
     t.drive.c.product_id == sa.bindparam("product_id")
 )
 _DRIVES = sa.select(t.drive.c.id).where(t.drive.c.product_id == sa.bindparam("product_id"))
+_OF_ORGANIZATION = sa.select(_P.offer, _P.seats).where(_P.organization_id == sa.bindparam("organization_id"))
 _ADDRESSES = (
     sa.select(sa.func.count())
     .select_from(t.mailbox)
@@ -138,7 +139,8 @@ def change_offer(tx: Write, offers: Offers, product_id: int, name: str, actor: A
     Raises:
         BadRequest: no such offer.
         Conflict: a kSuite would go down or become something else (OFF4), something else would become a kSuite
-            (`convert_to_ksuite` does that), or the new offer has fewer seats than there are users.
+            (`convert_to_ksuite` does that), or the new offer has fewer seats than there are users, or
+            addresses than there are mailboxes.
         NotFound: no such product.
         Forbidden: the actor does not manage its organization.
     """
@@ -163,6 +165,7 @@ def change_offer(tx: Write, offers: Offers, product_id: int, name: str, actor: A
         storage = None
     _update(tx, product.id, seats=seats, storage_bytes=storage)
     organizations.set_offer(tx, product.id, new.id, actor)
+    require_addresses(tx, offers, product.organization_id)
     return get(tx, product.id)
 
 
@@ -171,7 +174,8 @@ def set_seats(tx: Write, offers: Offers, product_id: int, seats: int, actor: Act
 
     Raises:
         BadRequest: more or fewer than its offer has.
-        Conflict: fewer than there are users, a kSuite's would become fewer (OFF4), or an unknown offer.
+        Conflict: fewer than there are users or mailboxes, a kSuite's would become fewer (OFF4), or an unknown
+            offer.
         NotFound: no such product.
         Forbidden: the actor does not manage its organization.
     """
@@ -182,6 +186,7 @@ def set_seats(tx: Write, offers: Offers, product_id: int, seats: int, actor: Act
         raise Conflict(f"A kSuite only goes up: it has {has}.")
     _require_room(tx, product.id, seats)
     _update(tx, product.id, seats=seats)
+    require_addresses(tx, offers, product.organization_id)
     audit.record(tx, actor, "product.seats", str(product.id), {"from": product.seats, "to": seats})
     return get(tx, product.id)
 
@@ -302,11 +307,11 @@ def _join_mail(tx: Write, offers: Offers, suite: Product, mail_id: int, actor: A
     return max(mail.seats or 0, used)
 
 
-def move(tx: Write, product_id: int, organization_id: int, actor: Actor = OPERATOR) -> None:
+def move(tx: Write, offers: Offers, product_id: int, organization_id: int, actor: Actor = OPERATOR) -> None:
     """Give a product with its drives to another organization; only its own members see the drives then.
 
     Raises:
-        Conflict: it is a kSuite, which stays where it is (OFF4).
+        Conflict: it is a kSuite, which stays where it is (OFF4), or the organization needs its addresses.
         NotFound: no such product or organization.
         Forbidden: the actor does not manage both organizations.
     """
@@ -317,6 +322,7 @@ def move(tx: Write, product_id: int, organization_id: int, actor: Actor = OPERAT
     if product.ksuite:
         raise Conflict("A kSuite is not transferable to another organization.")
     _update(tx, product.id, organization_id=organization_id)
+    require_addresses(tx, offers, product.organization_id)
     detail: dict[str, object] = {"from": product.organization_id, "to": organization_id}
     audit.record(tx, actor, "product.move", str(product.id), detail)
 
@@ -364,11 +370,11 @@ def _of_drive(tx: Write, drive_id: int, actor: Actor) -> Product:
     return product
 
 
-def cancel(tx: Write, product_id: int, actor: Actor = OPERATOR) -> None:
+def cancel(tx: Write, offers: Offers, product_id: int, actor: Actor = OPERATOR) -> None:
     """End a product with its drives, which must be empty: nothing that somebody stored goes this way.
 
     Raises:
-        Conflict: a drive holds something.
+        Conflict: a drive holds something, or the organization has mailboxes that need its addresses.
         NotFound: no such product.
         Forbidden: the actor does not manage the organization.
     """
@@ -376,11 +382,42 @@ def cancel(tx: Write, product_id: int, actor: Actor = OPERATOR) -> None:
     for (drive_id,) in tx.fast(_DRIVES, {"product_id": product.id}):
         organizations.delete_empty_drive(tx, drive_id, actor)
     tx.execute(sa.delete(t.product).where(_P.id == product.id))
+    require_addresses(tx, offers, product.organization_id)
     detail: dict[str, object] = {"offer": product.offer, "organization": product.organization_id}
     audit.record(tx, actor, "product.cancel", str(product.id), detail)
 
 
 # -- single rules ---------------------------------------------------------------------------------
+
+
+def addresses(tx: Read, offers: Offers, organization_id: int) -> int | None:
+    """How many mailboxes an organization may have: the seats of its products with mail; None = no limit."""
+    allowed = 0
+    for name, seats in tx.fast(_OF_ORGANIZATION, {"organization_id": organization_id}):
+        offer = offers.find(name)
+        if offer is None or not offer.mailboxes:
+            continue
+        most = offer.seats_max if seats is None else seats
+        if most is None:
+            return None
+        allowed += most
+    return allowed
+
+
+def require_addresses(tx: Read, offers: Offers, organization_id: int) -> None:
+    """Whether an organization has no more mailboxes than its offers allow (OFF1).
+
+    Raises:
+        Conflict: it has more.
+    """
+    allowed = addresses(tx, offers, organization_id)
+    taken = int(tx.scalar(_ADDRESSES, {"organization_id": organization_id}))
+    if allowed is not None and taken > allowed:
+        better = ", ".join(each.id for each in offers.list() if each.mailboxes)
+        raise Conflict(
+            f"The offers of organization {organization_id} have {allowed} addresses; {taken} are needed."
+            f" Offers with mail: {better}."
+        )
 
 
 def _require_no_ksuite(tx: Read, organization_id: int) -> None:

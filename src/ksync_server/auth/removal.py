@@ -12,7 +12,7 @@ import time
 
 import sqlalchemy as sa
 
-from ksync_server.auth import accounts, audit, organizations
+from ksync_server.auth import accounts, audit, mailboxes, organizations
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.audit import OPERATOR, Actor
 from ksync_server.errors import Conflict, Forbidden
@@ -148,6 +148,8 @@ def claim(tx: Write, account_id: int, now: int) -> bool:
 def finish(database: Database, account_id: int) -> bool:
     """Erase the secrets, a few at a time, and the account itself once nothing of it is left.
 
+    Its mailboxes belong to their organizations and stay there, opened by nobody (`mailboxes.detach`).
+
     Returns:
         False where a collection or a place in a drive is still there: erase those first, then call again.
     """
@@ -160,6 +162,9 @@ def finish(database: Database, account_id: int) -> bool:
 def _drop(tx: Write, account_id: int) -> bool:
     if any(tx.one(statement, {"id_": account_id}) is not None for statement in _HELD):
         return False
+    account = accounts.find_by_id(tx, account_id)
+    if account is not None and account.state == "erasing":
+        mailboxes.detach(tx, account.id, account.sync_id)
     for (sync_id,) in tx.fast(_DROP, {"id_": account_id}):
         audit.record(tx, Actor("server"), "account.erased", sync_id)
     return True

@@ -1,7 +1,7 @@
 """Key sets and the rows made under them: counted, moved to the current set, and retired once none is left.
 
 Sealed secrets are moved at once, by `rotate` and by the periodic `reseal`, in transactions of a few rows.
-What is only hashed can be moved when its secret is next shown: an application password by the gate.
+What is only hashed can be moved when its secret is next shown: application and device passwords by the gate.
 A recovery code is spent when it is shown, so those go when their owner makes new ones.
 
 Each step may be the last one before a kill: whatever is left under an older set still opens, because `retire`
@@ -27,7 +27,8 @@ from ksync_server.store.database import Database, Read, Row, Write
 
 _PAGE = 100  # sealed secrets moved in one transaction: some 2 ms
 
-_F, _R, _P, _J = t.second_factor.c, t.recovery_code.c, t.app_password.c, t.job_secret.c
+_F, _R, _J = t.second_factor.c, t.recovery_code.c, t.job_secret.c
+_P, _D, _M = t.app_password.c, t.device_password.c, t.mailbox.c
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,10 @@ _HASHED = {
     "application_passwords": sa.select(_P.key_id, _P.account_id, sa.func.count())
     .where(_live_passwords)
     .group_by(_P.key_id, _P.account_id),
+    "device_passwords": sa.select(_D.key_id, _M.account_id, sa.func.count())
+    .select_from(t.device_password.join(t.mailbox, _M.id == _D.mailbox_id))
+    .where(_D.revoked_at.is_(None))
+    .group_by(_D.key_id, _M.account_id),
     "recovery_codes": sa.select(_R.key_id, _R.account_id, sa.func.count())
     .where(_R.used_at.is_(None))
     .group_by(_R.key_id, _R.account_id),
@@ -89,7 +94,7 @@ class Use:
     """How much of an account is under one key set."""
 
     key_id: str
-    account_id: int | None  # None: the server's
+    account_id: int | None  # None: the server's, or of mailboxes that are nobody's
     kind: str  # one of KINDS
     count: int
 
@@ -115,7 +120,7 @@ def _uses(tx: Read) -> Iterator[Use]:
 def counts(tx: Read) -> dict[str, dict[str, int]]:
     """Key set -> kind of secret -> how many are under it and still open something.
 
-    Cost: reads every row of the four tables.
+    Cost: reads every row of the five tables.
     """
     found: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(KINDS, 0))
     for each in _uses(tx):
@@ -124,7 +129,8 @@ def counts(tx: Read) -> dict[str, dict[str, int]]:
 
 
 def holders(tx: Read, key_id: str) -> list[dict[str, object]]:
-    """The accounts that still have secrets under a key set, with how many of each kind; None = the server."""
+    """The accounts that still have secrets under a key set, with how many of each kind; None = the server,
+    or mailboxes that are nobody's."""
     found: dict[int | None, dict[str, int]] = defaultdict(lambda: dict.fromkeys(KINDS, 0))
     for each in _uses(tx):
         if each.key_id == key_id:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ksync_server import settings as configuration
-from ksync_server.cli import accounts, backup, imports, jobs, keys, organizations, throttle, verify
+from ksync_server.cli import accounts, backup, imports, jobs, keys, mail, organizations, throttle, verify
 from ksync_server.cli import demo as demonstration
 from ksync_server.cli import doctor as diagnosis
 from ksync_server.cli.context import Context, Main, configured, shared_metrics
@@ -107,6 +107,7 @@ def _refused_later(settings: Settings) -> Iterator[Mistake]:
     """What the parts of the server refuse when they start."""
     from ksync_server.app import Proxies
     from ksync_server.auth import offers
+    from ksync_server.mail import dovecot
     from ksync_server.networks import Networks
     from ksync_server.server import parse_listen
     from ksync_server.store import s3
@@ -123,6 +124,8 @@ def _refused_later(settings: Settings) -> Iterator[Mistake]:
         ("server.proxy_protocol", partial(Networks, "server.proxy_protocol", server.proxy_protocol)),
         ("tls.certificates", partial(Certificates, settings.tls)),
         ("offers_file", partial(offers.load, settings.offers_file)),
+        ("mail.owner", partial(dovecot.owner_of, settings.mail)),
+        ("mail.dovecot_socket", partial(dovecot.check_place, settings.mail)),
         ("s3.bucket", partial(check_store, settings)),
         ("s3.credentials_file", partial(s3.credentials, settings.s3)),
     ]
@@ -166,4 +169,5 @@ keys.register(main)
 throttle.register(main)
 backup.register(main)
 jobs.register(main)
+mail.register(main)
 imports.register(main)

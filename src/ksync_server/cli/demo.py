@@ -38,6 +38,9 @@ path = "blobs"
 [auth]
 key_file = "keys.toml"
 
+[mail]
+folders = "mail"
+
 [log]
 format = "text"
 """

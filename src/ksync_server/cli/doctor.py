@@ -111,13 +111,15 @@ def examine(settings: Settings, outside: Outside) -> Iterator[Finding]:
 
 
 def check_files(settings: Settings, _: Outside) -> Iterator[Finding]:
-    """Key file, database and blobs belong to us and are nobody else's to read."""
+    """Key file, database, blobs and mailboxes belong to us and are nobody else's to read."""
     yield _file("key file", settings.auth.key_file, "It is made at the first start; back it up by itself.")
     if settings.database.url.startswith("sqlite:///"):
         path = Path(settings.database.url.removeprefix("sqlite:///"))
         yield _file("database file", path, "Run `ksync-server migrate`.")
     if not settings.s3.bucket:
         yield _file("blobs folder", settings.blobs.path, "It is made at the first start.")
+    if settings.mail.dovecot_socket and not settings.mail.owner:
+        yield _file("folder of the mailboxes", settings.mail.folders, "It is made at the first start.")
     for path in settings.tls.keys:
         yield _file("private key", path, "Give tls.keys the path of the certificate's key.")
 
@@ -405,7 +407,7 @@ def _local(address: str) -> bool:
     return host == "localhost" or (parse(host) is not None and is_loopback(host))
 
 
-# -- the relay ------------------------------------------------------------------------------------
+# -- mail -----------------------------------------------------------------------------------------
 
 
 def check_relay(settings: Settings, _: Outside) -> Iterator[Finding]:
@@ -435,6 +437,25 @@ def relay(host: str, port: int, security: str, ca_file: str = "") -> Finding:
     return Finding(what, OK, "answers" + ("" if security == "none" else ", encrypted"))
 
 
+def check_dovecot(settings: Settings, _: Outside) -> Iterator[Finding]:
+    """Dovecot, whose log-ins are asked about at our socket, gets an answer."""
+    path = settings.mail.dovecot_socket
+    if not path:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(_TIMEOUT_S)
+            client.connect(path)
+            client.sendall(b"find 40\n")  # the mailbox "@", which is nobody's
+            answered = client.recv(100) == b"no\n"
+    except OSError as error:
+        advice = "Start the server; doctor has to run as its user."
+        yield Finding("answers for Dovecot", PROBLEM, f"{path}: {error.strerror or error}", advice)
+        return
+    state, text = (OK, path) if answered else (PROBLEM, f"{path}: does not say who is nobody")
+    yield Finding("answers for Dovecot", state, text, "" if answered else "See the log of the server.")
+
+
 CHECKS: list[Check] = [
     check_files,
     check_disks,
@@ -445,4 +466,5 @@ CHECKS: list[Check] = [
     check_way_in,
     check_proxies,
     check_relay,
+    check_dovecot,
 ]

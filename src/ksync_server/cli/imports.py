@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ksync_server import jobs
+from ksync_server.auth import mailboxes
+from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.cli.output import Answer, command, read_secret, table
 from ksync_server.errors import BadRequest, ClientError, Conflict
 from ksync_server.jobs import Handler, Runner
@@ -21,6 +23,7 @@ from ksync_server.mailimport.connection import MECHANISMS, SECURITIES
 from ksync_server.mailimport.orders import Order
 from ksync_server.mailimport.plan import Options
 from ksync_server.settings import MAIL_ADDRESS
+from ksync_server.store.database import Write
 
 if TYPE_CHECKING:
     from ksync_server.app import Services
@@ -64,6 +67,7 @@ def _server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--ca-file", default="", help="Certificates to trust instead of the system's, for both."
         ),
+        click.option("--to-mailbox", metavar="ADDRESS", help="Destination: a mailbox of this server."),
         click.option("--to-maildir", type=click.Path(path_type=Path), help="Destination: a folder here."),
         click.option("--to-host", help="Destination: an IMAP server."),
         click.option("--to-user", default=""),
@@ -87,6 +91,7 @@ def _server_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _order(
+    services: Services,
     host: str,
     user: str,
     port: int | None,
@@ -94,6 +99,7 @@ def _order(
     mechanism: str,
     password_file: TextIO,
     ca_file: str,
+    to_mailbox: str | None,
     to_maildir: Path | None,
     to_host: str | None,
     to_user: str,
@@ -109,18 +115,24 @@ def _order(
     notify: str = "",
 ) -> Order:
     source = orders.server(host, user, port=port, security=security, mechanism=mechanism, ca_file=ca_file)
-    if (to_maildir is None) == (to_host is None):
-        raise BadRequest("Say where it goes: --to-maildir or --to-host.")
+    if sum(each is not None for each in (to_mailbox, to_maildir, to_host)) != 1:
+        raise BadRequest("Say where it goes: --to-mailbox, --to-maildir or --to-host.")
     pairs = tuple(each.partition("=")[::2] for each in rename)
     if not all(all(pair) for pair in pairs):
         raise BadRequest("--rename takes FOLDER=FOLDER.")
-    if to_maildir is not None:
+    mailbox = None
+    if to_mailbox is not None:
+        with services.database.read() as tx:
+            mailbox = mailboxes.get(tx, to_mailbox)
+        target = orders.mailbox_target(mailbox)
+    elif to_maildir is not None:
         target = orders.maildir_target(to_maildir)
     else:
         there = orders.server(to_host or "", to_user, port=to_port, security=to_security, ca_file=ca_file)
         target = orders.imap_target(there)
     first, second = _passwords(password_file, two=to_host is not None)
-    return Order(source, first, target, second, Options(into, only, skip, pairs, gmail, bodies), notify)
+    options = Options(into, only, skip, pairs, gmail, bodies)
+    return Order(source, first, target, second, options, notify, mailbox)
 
 
 def _passwords(file: TextIO, *, two: bool) -> tuple[str, str]:
@@ -144,7 +156,7 @@ def _passwords(file: TextIO, *, two: bool) -> tuple[str, str]:
 @_server_options
 def _mail_plan(services: Services, **said: Any) -> Answer:
     """Try both log-ins, and say which folder goes where and how much it is; nothing is changed."""
-    found = asyncio.run(orders.survey(services.settings, _order(**said)))
+    found = asyncio.run(orders.survey(services.settings, _order(services, **said)))
     lines = [table(list(found.folders), "There is no folder.")]
     lines.append(f"\n{found.messages} messages, {found.bytes / 1e6:.1f} MB to fetch")
     if found.gmail:
@@ -165,7 +177,7 @@ def _mail_start(
     services: Services, bodies: bool, notify: str, untried: bool, wait: bool, here: bool, **said: Any
 ) -> Answer:
     """Import a mailbox in the background."""
-    order = _order(**said, bodies=bodies, notify=_address(notify))
+    order = _order(services, **said, bodies=bodies, notify=_address(notify))
     if not untried:
         orders.require_room(asyncio.run(orders.survey(services.settings, order)))
     number = services.database.write(lambda tx: orders.place(tx, services.settings, services.keys, order))
@@ -324,7 +336,7 @@ def _mail_list(services: Services, batch: int | None, limit: int) -> Answer:
                 "state": _state(services, each.id)[0],
                 "user": each.source["user"],
                 "from": each.source["host"],
-                "to": target["path"] if target["kind"] == "maildir" else target["server"]["user"],
+                "to": target.get("path") or target.get("address") or target["server"]["user"],
                 "copied": report.get("copied"),
                 "refused": report.get("refused"),
                 "created_at": each.created_at,
@@ -358,11 +370,21 @@ def _mail_cancel(services: Services, number: int) -> Answer:
 @click.option("--name", help="Of the batch; the file's without this.")
 @click.option("--notify", default="", metavar="ADDRESS", help="Gets one summary when all have ended.")
 @click.option("--good-rows", is_flag=True, help="Import the good rows where others are bad.")
-def _mail_bulk(services: Services, file: TextIO, name: str | None, notify: str, good_rows: bool) -> Answer:
+@click.option(
+    "--organization", "organization_id", type=int, help="Make the mailboxes that are missing, as its."
+)
+def _mail_bulk(
+    services: Services,
+    file: TextIO,
+    name: str | None,
+    notify: str,
+    good_rows: bool,
+    organization_id: int | None,
+) -> Answer:
     """Import many mailboxes that a CSV file lists; all rows are checked before any log-in.
 
-    Columns: host, user, password; to_maildir, or to_host with to_user and to_password; where needed port,
-    security, mechanism, to_port, to_security, into, notify.
+    Columns: host, user, password; to_mailbox, or to_maildir, or to_host with to_user and to_password; where
+    needed port, security, mechanism, to_port, to_security, into, notify.
 
     Raises:
         BadRequest: rows are bad and --good-rows is not given; nothing was queued.
@@ -373,8 +395,16 @@ def _mail_bulk(services: Services, file: TextIO, name: str | None, notify: str, 
     if not rows or (mistakes and not good_rows):
         raise BadRequest(f"{len(mistakes)} bad rows; nothing is imported. --good-rows imports the others.")
     called = name or Path(file.name).name
+
+    def make(tx: Write, address: str) -> Mailbox:
+        found = mailboxes.find(tx, address)
+        if found is not None or organization_id is None:
+            return found or mailboxes.get(tx, address)
+        hosts = services.settings.hosts.log_in
+        return mailboxes.create(tx, services.offers, organization_id, address, sync_hosts=hosts)
+
     batch, made = services.database.write(
-        lambda tx: orders.place_all(tx, services.settings, services.keys, called, rows, notify)
+        lambda tx: orders.place_all(tx, services.settings, services.keys, called, rows, notify, make)
     )
     data = {"batch": batch, "imports": made, "refused": [asdict(each) for each in mistakes]}
     return Answer(data, f"Batch {batch}: {len(made)} imports are queued, {len(mistakes)} rows are refused.")

@@ -1,4 +1,4 @@
-"""Commands for background work, and to try the mail relay."""
+"""Commands for background work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import click
 
 from ksync_server import jobs as queue
 from ksync_server.cli.output import Answer, command, table
-from ksync_server.errors import ConfigError
-from ksync_server.mail import sender
 
 if TYPE_CHECKING:
     from ksync_server.app import Services
@@ -20,9 +18,8 @@ _number = click.argument("number", metavar="ID", type=int)
 
 
 def register(group: click.Group) -> None:
-    """Add the groups jobs and mail."""
+    """Add the group jobs."""
     group.add_command(jobs)
-    group.add_command(mail)
 
 
 # -- jobs -----------------------------------------------------------------------------------------
@@ -103,28 +100,3 @@ def _jobs_prune(services: Services, days: int | None) -> Answer:
     """Forget jobs that ended long ago."""
     count = queue.prune(services.database, services.settings.jobs.keep_days if days is None else days)
     return Answer({"pruned": count}, f"Forgotten: {count}")
-
-
-# -- mail -----------------------------------------------------------------------------------------
-
-
-@click.group()
-def mail() -> None:
-    """Mail to people."""
-
-
-@command(mail, "test")
-@click.argument("address")
-def _mail_test(services: Services, address: str) -> Answer:
-    """Send a message now and say what the relay answers.
-
-    Raises:
-        ConfigError: no relay is configured.
-    """
-    settings = services.settings.mail
-    if not settings.relay:
-        raise ConfigError("mail.relay is not set.")
-    text = f"This is a test. Mail of {sender.one_line(settings.from_name)} arrives here.\n"
-    said = sender.send_now(settings, to=address, subject="Test of the mail relay", text=text)
-    where = f"{settings.relay}:{settings.port}"
-    return Answer({"relay": where, "answer": said}, f"{where} took it: {said}")

@@ -62,6 +62,7 @@ def _offer_list(services: Services) -> Answer:
             "ksuite": each.ksuite is not None,
             "mail": each.mail,
             "webdav": each.webdav,
+            "mailboxes": each.mailboxes,
             "webhooks": each.webhooks,
             "seats_min": each.seats_min,
             "seats_max": each.seats_max,
@@ -183,7 +184,7 @@ def _product_paid(services: Services, product_id: int, state: str, trial_until: 
 @_product_id
 def _product_cancel(services: Services, product_id: int) -> Answer:
     """End a product; its drives must be empty."""
-    services.database.write(lambda tx: products.cancel(tx, product_id))
+    services.database.write(lambda tx: products.cancel(tx, services.offers, product_id))
     return Answer({"id": product_id}, f"Product {product_id} is gone.")
 
 
@@ -192,7 +193,7 @@ def _product_cancel(services: Services, product_id: int) -> Answer:
 @click.argument("organization_id", type=int)
 def _product_move(services: Services, product_id: int, organization_id: int) -> Answer:
     """Give a product with its drives to another organization; a kSuite stays where it is."""
-    services.database.write(lambda tx: products.move(tx, product_id, organization_id))
+    services.database.write(lambda tx: products.move(tx, services.offers, product_id, organization_id))
     return Answer(
         {"id": product_id, "organization_id": organization_id},
         f"Product {product_id} belongs to organization {organization_id}.",

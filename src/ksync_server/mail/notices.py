@@ -195,6 +195,18 @@ def _app_password(event: Event) -> Letter:
     return Letter("A new application password", what, (advice,) if event.by_owner else (_NOT_ASKED,))
 
 
+def _device_password(event: Event) -> Letter:
+    detail = event.detail
+    lines = [f"  Mailbox:  {one_line(str(detail.get('mailbox', '')))}"]
+    lines.append(f"  Device:   {_plain(detail.get('name', ''))}")
+    what = (
+        "A device password was created. A program that has it can read and send mail of your mailbox:",
+        "\n".join(lines),
+    )
+    advice = "If this was not you: revoke it, then change your password."
+    return Letter("A new device password", what, (advice,) if event.by_owner else (_NOT_ASKED,))
+
+
 def _refused(event: Event) -> Letter:
     reason = _plain(event.detail.get("reason", ""))
     service = _plain(event.detail.get("service", ""))
@@ -294,6 +306,7 @@ TEXTS: dict[str, Callable[[Event], Letter]] = {
     "account.restored": _restored,
     "account.suspended": _suspended,
     "app-password.create": _app_password,
+    "device-password.create": _device_password,
     "log-in.refused": _refused,
     "second-factor.confirm": _factor_on,
     "second-factor.recovery-code-used": _code_used,

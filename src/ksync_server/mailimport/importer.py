@@ -64,6 +64,14 @@ class Counters:
         if text not in self.notes and len(self.notes) < _LISTED:
             self.notes.append(text)
 
+    def differs(self, name: str, problem: str) -> None:
+        """Say once what in a folder of the destination is not as at the source."""
+        text = f"{name}: {problem}"
+        if text not in self.differences:
+            self.different += 1
+            if len(self.differences) < _LISTED:
+                self.differences.append(text)
+
 
 class Window:
     """Bytes that are fetched, or asked for, and not recorded yet.
@@ -242,7 +250,7 @@ class Importer:
         except Refused as error:
             if is_temporary(error.status):
                 raise Temporary(str(error)) from None
-            self._differs(folder.name, f"cannot be opened: {said(error.status)}")
+            self.counters.differs(folder.name, f"cannot be opened: {said(error.status)}")
             return
         if row is not None and row.uid_validity != folder.uid_validity:
             # All UIDs are new. The old rows still say what is at the destination: `_recognise` pairs them.
@@ -327,7 +335,7 @@ class Importer:
                 await self._copy(walk, name, messages)
             except Unmade as error:
                 walk.is_whole = False
-                self._differs(name, f"{len(messages)} messages have no place: {error}")
+                self.counters.differs(name, f"{len(messages)} messages have no place: {error}")
 
     async def _copy(self, walk: _Walk, name: str, messages: Sequence[Message]) -> None:
         """Fetch and place messages of one destination, the two at the same time."""
@@ -652,7 +660,7 @@ class Importer:
                 source, target = await self._open_target(first), await self._open_target(name)
             except Unmade as error:
                 walk.is_whole = False
-                self._differs(name, f"{len(messages)} messages could not be added: {error}")
+                self.counters.differs(name, f"{len(messages)} messages could not be added: {error}")
                 continue
             from_there: dict[str, Copy] = {}
             made: list[Copy] = []
@@ -688,7 +696,7 @@ class Importer:
                 await self._commit(records.add_copies, rows)
             missing = [copy for handle, copy in from_there.items() if handle not in linked]
             for copy in missing[:_LISTED]:
-                self._differs(name, f"UID {copy.uid} of the source could not be added")
+                self.counters.differs(name, f"UID {copy.uid} of the source could not be added")
 
     async def _flags(self, walk: _Walk) -> None:
         """Carry what changed at the source, and leave what the destination's owner changed."""
@@ -707,7 +715,7 @@ class Importer:
                     ),
                 )
             except Refused as error:
-                self._differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
+                self.counters.differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
                 continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
@@ -738,7 +746,7 @@ class Importer:
                 if seen is not None and problem == "size":
                     again[handle] = copy
                 elif problem:
-                    self._differs(name, f"UID {copy.uid} of the source {problem}")
+                    self.counters.differs(name, f"UID {copy.uid} of the source {problem}")
             await self._check_bodies(name, wanted if self._options.bodies else again)
             self.counters.checked += len(found)
 
@@ -748,12 +756,7 @@ class Importer:
         digests = await self._sink.digests(name, copies)
         for handle, copy in copies.items():
             if digests.get(handle) != copy.sha256:
-                self._differs(name, f"UID {copy.uid} of the source was changed by the destination")
-
-    def _differs(self, name: str, problem: str) -> None:
-        self.counters.different += 1
-        if len(self.counters.differences) < _LISTED:
-            self.counters.differences.append(f"{name}: {problem}")
+                self.counters.differs(name, f"UID {copy.uid} of the source was changed by the destination")
 
     # -- rows ---------------------------------------------------------------------------------------
 

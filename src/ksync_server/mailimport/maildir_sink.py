@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ksync_server.errors import Permanent, Temporary
+from ksync_server.errors import Temporary
 from ksync_server.mailimport.sinks import (
     Full,
     Held,
@@ -29,6 +30,7 @@ from ksync_server.mailimport.sinks import (
     Room,
     Seen,
     Stranger,
+    Unmade,
     Unwanted,
     canonical,
 )
@@ -47,18 +49,36 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 class MaildirSink:
     """See `sinks.Sink`. Handles are the names of files without their flags."""
 
-    separator = "."
     prefix = ""
     longest: int | None = None
     commands = 0
 
-    def __init__(self, root: Path, tag: str = "") -> None:
-        """Args:
-        root: the Maildir; made where it is missing.
-        tag: of the import, part of the files' names.
+    def __init__(
+        self,
+        root: Path,
+        tag: str = "",
+        *,
+        escaped: bool = False,
+        quota_bytes: int | None = None,
+        owner: tuple[int, int] | None = None,
+    ) -> None:
+        """Where to write.
+
+        Args:
+            root: the Maildir; made where it is missing.
+            tag: of the import, part of the files' names.
+            escaped: folders have `/` between their parts and may have dots in them, as Dovecot's listescape
+                writes them; else a dot makes a level.
+            quota_bytes: what all of it may take; None = what the disk has.
+            owner: user and group whose it is to be; None = ours.
         """
         self._root = root
         self._tag = tag
+        self._escaped = escaped
+        self._quota = quota_bytes
+        self._owner = owner
+        self._used: int | None = None  # bytes, once it is known
+        self.separator = "/" if escaped else "."
         self._files: dict[str, dict[str, Path]] = {}  # by folder: base name -> file
 
     async def _off(self, fn: Callable[..., T], *arguments: Any) -> T:
@@ -78,7 +98,30 @@ class MaildirSink:
     def _folder(self, name: str) -> Path:
         if name == "INBOX":
             return self._root
-        return self._root / ("." + imap.encode_name(name).decode("ascii", "surrogateescape"))
+        return self._root / ("." + self._on_disk(name).decode("ascii", "surrogateescape"))
+
+    def _parts(self, name: str) -> list[bytes]:
+        """The parts of a name as Dovecot's list of folders has them."""
+        parts = imap.encode_name(name).split(self.separator.encode())
+        if not self._escaped:
+            return parts
+        escaped = (part.replace(b"\\", b"\\5c").replace(b".", b"\\2e") for part in parts)
+        return [b"\\7e" + part[1:] if part.startswith(b"~") else part for part in escaped]
+
+    def _on_disk(self, name: str) -> bytes:
+        return b".".join(self._parts(name))
+
+    def _name(self, on_disk: bytes) -> str:
+        if self._escaped:
+            on_disk = on_disk.replace(b".", b"/")
+            for escaped, mark in ((b"\\2e", b"."), (b"\\7e", b"~"), (b"\\5c", b"\\")):
+                on_disk = on_disk.replace(escaped, mark)
+        return imap.decode_name(on_disk)
+
+    def _ours(self, path: Path) -> None:
+        """Give what was made to its owner."""
+        if self._owner is not None:
+            os.chown(path, *self._owner)
 
     # -- folders ----------------------------------------------------------------------------------
 
@@ -90,12 +133,26 @@ class MaildirSink:
         if not self._root.is_dir():
             return ["INBOX"]
         found = (path.name[1:] for path in self._root.glob(".*") if (path / "cur").is_dir())
-        return ["INBOX", *sorted(imap.decode_name(os.fsencode(name)) for name in found)]
+        return ["INBOX", *sorted(self._name(os.fsencode(name)) for name in found)]
 
     async def room(self) -> Room | None:
-        """See `Sink`; what the disk has."""
-        free = await self._off(lambda: os.statvfs(_nearest(self._root)))
-        return Room(0, free.f_bavail * free.f_frsize)
+        """See `Sink`; without a quota, what the disk has."""
+
+        def room() -> Room:
+            found = os.statvfs(_nearest(self._root))
+            free = found.f_bavail * found.f_frsize
+            if self._quota is None:
+                return Room(0, free)
+            used = self._in_use()
+            return Room(used, min(self._quota, used + free))
+
+        return await self._off(room)
+
+    def _in_use(self) -> int:
+        if self._used is None:
+            files = (path for part in ("cur", "new") for path in self._root.glob(f"**/{part}/*"))
+            self._used = sum(_size(path) for path in files)
+        return self._used
 
     async def ensure(self, name: str) -> Held:
         """See `Sink`; its UIDs are no numbers of ours, so all of it is asked for."""
@@ -110,23 +167,33 @@ class MaildirSink:
     def _make(self, name: str) -> None:
         folder = self._folder(name)
         if len(os.fsencode(folder.name)) > 255:
-            raise Permanent(f"The name of a folder is too long: {name!r:.80}")
-        for part in ("tmp", "new", "cur"):
-            (folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder != self._root:
+            raise Unmade(f"The name of a folder is too long: {name!r:.80}")
+        wanted = [self._root, folder, *(folder / part for part in ("tmp", "new", "cur"))]
+        for path in wanted:
+            if not path.is_dir():
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._ours(path)
+        if folder != self._root and not (folder / "maildirfolder").exists():
             (folder / "maildirfolder").touch()
+            self._ours(folder / "maildirfolder")
         self._subscribe(name)
 
     def _subscribe(self, name: str) -> None:
         """Dovecot's list, one name a line."""
         if name == "INBOX":
             return
-        line = imap.encode_name(name) + b"\n"
+        # One a line: with a head of the format's number, parts have tabs between them (Dovecot 2.3).
         path = self._root / "subscriptions"
         with path.open("a+b") as file:
             file.seek(0)
-            if line not in file.readlines():
+            lines = file.readlines()
+            if not lines and self._escaped:
+                file.write(b"V\t2\n\n")
+            has_parts = self._escaped if not lines else lines[0].startswith(b"V\t2")
+            line = (b"\t" if has_parts else b".").join(self._parts(name)) + b"\n"
+            if line not in lines:
                 file.write(line)
+        self._ours(path)
 
     def _listed(self, name: str) -> dict[str, Path]:
         if name not in self._files:
@@ -211,6 +278,11 @@ class MaildirSink:
         folder, files = self._folder(name), self._listed(name)
         letters, lost = self._letters(name, {flag for parcel in parcels for flag in parcel.message.flags})
         placed: list[Placed | Unwanted] = []
+        new = sum(parcel.size for parcel in parcels if self._handle(parcel) not in files)
+        if self._quota is not None:
+            if self._in_use() + new > self._quota:
+                raise Full(f"the mailbox may have {self._quota / 1e6:.0f} MB, and they are used")
+            self._used = self._in_use() + new
         for parcel in parcels:
             message = parcel.message
             handle = self._handle(parcel)
@@ -219,6 +291,7 @@ class MaildirSink:
                 part = folder / "tmp" / handle
                 at = int(message.received.timestamp())
                 _write(part, parcel, at)
+                self._ours(part)
                 final = folder / "cur" / f"{handle}:2,{suffix}"
                 os.rename(part, final)
                 files[handle] = final
@@ -314,6 +387,7 @@ class MaildirSink:
         part = path.with_name(f"dovecot-keywords.{os.getpid()}.tmp")
         ordered = sorted((ord(letter) - ord("a"), keyword) for keyword, letter in letters.items())
         part.write_text("".join(f"{number} {keyword}\n" for number, keyword in ordered), "utf-8")
+        self._ours(part)
         os.replace(part, path)
 
     async def close(self) -> None:
@@ -373,6 +447,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """As its name says, else as it is; 0 where it is gone."""
+    found = re.search(r",S=(\d+)", path.name)
+    if found:
+        return int(found[1])
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _nearest(path: Path) -> Path:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import msgspec
 
 from ksync_server import settings as configuration
+from ksync_server.auth import mailboxes
 from ksync_server.auth.keys import Keys
+from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.errors import BadRequest, Permanent
 from ksync_server.mailimport import passes, plan, records
 from ksync_server.mailimport.connection import MECHANISMS, SECURITIES, Server, connect
@@ -42,7 +44,7 @@ class Order:
     target_secret: str = ""
     options: Options = field(default_factory=Options)
     notify: str = ""
-    mailbox_id: int | None = None
+    mailbox: Mailbox | None = None  # where the destination is one of ours
 
 
 def server(
@@ -100,6 +102,11 @@ def maildir_target(path: Path) -> dict[str, Any]:
     return {"kind": "maildir", "path": str(path.resolve())}
 
 
+def mailbox_target(mailbox: Mailbox) -> dict[str, Any]:
+    """One of our mailboxes as destination."""
+    return {"kind": "mailbox", "address": mailbox.address}
+
+
 def place(
     tx: Write, settings: configuration.Settings, keys: Keys, order: Order, *, batch_id: int | None = None
 ) -> int:
@@ -111,7 +118,7 @@ def place(
         options=msgspec.to_builtins(order.options),
         notify=order.notify,
         batch_id=batch_id,
-        mailbox_id=order.mailbox_id,
+        mailbox_id=None if order.mailbox is None else order.mailbox.id,
     )
     passes.queue(tx, settings, number, sealed(keys, order.source_secret, order.target_secret))
     return number
@@ -155,7 +162,7 @@ async def survey(settings: configuration.Settings, order: Order) -> Survey:
     connection = await connect(order.source, order.source_secret, limits, networks, utf8=True)
     try:
         source = Source(connection, limits)
-        sink = await passes.open_sink(settings, order.target, order.target_secret)
+        sink = await passes.open_sink(settings, order.target, order.target_secret, mailbox=order.mailbox)
         try:
             folders, _ = passes.sane(await source.folders())
             where = Map(await sink.places(), sink.separator, sink.prefix, order.options, source.prefix)
@@ -352,15 +359,30 @@ def _row(line: int, values: Mapping[str, str], notify: str) -> Row:
 
 
 def place_all(
-    tx: Write, settings: configuration.Settings, keys: Keys, name: str, rows: Iterable[Row], notify: str
+    tx: Write,
+    settings: configuration.Settings,
+    keys: Keys,
+    name: str,
+    rows: Iterable[Row],
+    notify: str,
+    make: Callable[[Write, str], Mailbox] = mailboxes.get,
 ) -> tuple[int, list[int]]:
     """Queue a file's imports as one batch: its number, and those of the imports.
 
     Each has its own e-mail only where its row says so; the batch has one summary.
+
+    Args:
+        make: gives the mailbox of an address.
+
+    Raises:
+        ClientError: from `make`; nothing is queued.
     """
     batch = records.create_batch(tx, name, notify)
     made = []
     for row in rows:
         order = row.order if row.order.notify != notify else replace(row.order, notify="")
+        if row.mailbox:
+            mailbox = make(tx, row.mailbox)
+            order = replace(order, mailbox=mailbox, target=mailbox_target(mailbox))
         made.append(place(tx, settings, keys, order, batch_id=batch))
     return batch, made

@@ -185,6 +185,11 @@ def list_imports(tx: Read, *, batch: int | None = None, limit: int = 100) -> lis
     return [_imported(tuple(row)) for row in tx.execute(statement)]
 
 
+def active(tx: Read) -> set[int]:
+    """The numbers of the imports that have not ended."""
+    return {row[0] for row in tx.execute(sa.select(_import.c.id).where(_import.c.state.in_(ACTIVE)))}
+
+
 def create(
     tx: Write,
     *,

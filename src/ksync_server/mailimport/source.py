@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -247,7 +248,7 @@ class Source:
             imap.number(found["RFC822.SIZE"]),
             imap.internal_date(found["INTERNALDATE"]),
             imap.flags(found["FLAGS"]),
-            # In modified UTF-7 even where names of folders are UTF-8.
+            # In modified UTF-7 even where the names of folders are UTF-8 (RFC 6855).
             tuple(label(imap.decode_name(imap.string(each))) for each in labels)
             if isinstance(labels, list)
             else (),
@@ -292,8 +293,8 @@ class Source:
 
         Cost: 64 KiB of memory, whatever its size.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
             while True:
                 at = file.seek(0, 2)
                 came, has_begun, there = 0, False, False

@@ -1,0 +1,283 @@
+"""The importer beyond its speed: a slow server, Gmail's bytes, memory, twenty kills, and a hundred accounts at once.
+
+Bars: with 20 ms before each command 750 messages in folders >= 10 times mbsync's speed; Gmail by message <= 1.1
+times the unique bytes, every body once; four accounts at once <= 96 MB resident; a message of 60 MB adds <= 8 MB;
+20 SIGKILLs in 5,000 messages lose, double and alter nothing and cost <= 5 % of the bytes; of 100 accounts none
+waits longer than twice the mean. imapsync is in no package registry and is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.measure import verdict
+from conformance import dovecot, mail_corpus, mailboxes
+from conformance.dovecot import PASSWORD, Dovecot
+from conformance.imap_server import Account, Server, serving
+from conformance.import_worker import Office, office
+from conformance.servers import REPOSITORY
+from conformance.tap import tapped
+
+_SOURCE = "source@example.org"
+_DELAY_MS = 20
+_COPIES = 750  # of Gmail's 300 messages, as its folders show them
+_LONG_BYTES = 60_000_000
+_ACCOUNTS = 100
+_MBSYNC = """
+IMAPStore there
+Host 127.0.0.1
+Port {there}
+User {source}
+Pass {secret}
+SSLType None
+
+IMAPStore here
+Host 127.0.0.1
+Port {here}
+User {user}
+Pass {password}
+SSLType None
+
+Channel all
+Far :there:
+Near :here:
+Patterns *
+Create Near
+Sync Pull
+CopyArrivalDate yes
+SyncState {state}/
+"""
+
+
+def main(count: int = 5000) -> bool:
+    """Kills and memory with `count` messages."""
+    with tempfile.TemporaryDirectory(prefix="ksync-bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with (
+            dovecot.serving(folder / "there", idle=2) as there,
+            dovecot.serving(folder / "here", idle=4) as here,
+        ):
+            size = mailboxes.fill(there.port, _SOURCE, PASSWORD, mail_corpus.generate(count))
+            print(f"{count} messages, {size / 1e6:.0f} MB")
+            return all(
+                [
+                    _distant(folder / "distant", here),
+                    _gmail(folder / "gmail", here),
+                    _memory(folder / "memory", there, here),
+                    _long_message(folder / "long", here),
+                    _kills(folder / "kills", there, here, count, size),
+                    _fairness(folder / "fairness"),
+                ]
+            )
+
+
+@contextlib.contextmanager
+def _office(folder: Path, **more: Any) -> Iterator[Office]:
+    with office(f"sqlite:///{folder / 'ksync.db'}", folder, **more) as running:
+        yield running
+
+
+def _finish(running: Office, *numbers: int, within_s: float = 120) -> None:
+    running.finish(list(numbers), within_s=within_s)
+    for number in numbers:
+        imported = running.desk.imported(number)
+        assert imported.state == "done", imported.report
+
+
+# -- Gmail, near and far ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _gmail_server(*options: str) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """Gmail as a process of its own: its port, and what ends it and says what it counted."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "conformance.imap_server", "--gmail", "--stats", *options],
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+    )
+
+    def counted() -> dict[str, Any]:
+        process.send_signal(signal.SIGTERM)
+        said: dict[str, Any] = json.loads(process.communicate(timeout=30)[0])
+        return said
+
+    try:
+        assert process.stdout
+        yield int(process.stdout.readline()), counted
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _distant(folder: Path, here: Dovecot, rounds: int = 3) -> bool:
+    """Every folder as it is shown, from a server that takes its time before each command."""
+    ours, peers = [], []
+    with _gmail_server("--delay-ms", str(_DELAY_MS)) as (port, _), _office(folder) as running:
+        for number in range(rounds):
+            user = f"distant{number}@example.org"
+            began = time.monotonic()
+            ordered = running.desk.order(
+                port, here.port, target_secret=PASSWORD, target_user=user, options={"gmail": "folder"}
+            )
+            _finish(running, ordered)
+            ours.append(time.monotonic() - began)
+            arrived = mailboxes.content(here.port, user, PASSWORD).total()
+            assert arrived == _COPIES, arrived
+            peers.append(_mbsync(folder, port, here, f"mbsync{number}@example.org"))
+    faster = statistics.median(peers) / statistics.median(ours)
+    print(
+        f"{_DELAY_MS} ms before each command, {_COPIES} messages:"
+        f" ours {statistics.median(ours):.2f} s, mbsync {statistics.median(peers):.2f} s"
+    )
+    return all(
+        [
+            verdict("times mbsync's speed at 20 ms a command", faster, 10, at_least=True),
+            verdict("seconds for it", statistics.median(ours), 1.5, at_least=False),
+        ]
+    )
+
+
+def _mbsync(folder: Path, port: int, here: Dovecot, user: str) -> float:
+    state = folder / user
+    state.mkdir()
+    config = state / "mbsyncrc"
+    values = {"there": port, "here": here.port, "source": "alice@example.org", "secret": "secret"}
+    config.write_text(_MBSYNC.format(**values, user=user, password=PASSWORD, state=state))
+    began = time.monotonic()
+    subprocess.run(
+        ["mbsync", "-q", "-c", str(config), "all"], check=True, env={**os.environ, "HOME": str(state)}
+    )
+    seconds = time.monotonic() - began
+    arrived = mailboxes.content(here.port, user, PASSWORD).total()
+    assert arrived == _COPIES, arrived
+    return seconds
+
+
+def _gmail(folder: Path, here: Dovecot) -> bool:
+    """By message: what the source sends, against the bytes of its 300 different messages."""
+    with _gmail_server() as (port, counted), _office(folder) as running:
+        ordered = running.desk.order(port, here.port, target_secret=PASSWORD, target_user="gmail@example.org")
+        _finish(running, ordered)
+        said = counted()
+    fetches = said["body_fetches"]
+    print(
+        f"Gmail by message: {len(fetches)} bodies, {said['body_bytes'] / 1e6:.2f} MB of them,"
+        f" {said['bytes_sent'] / 1e6:.2f} MB in all"
+    )
+    good = len(fetches) == 300 and not said["violations"]
+    return all(
+        [
+            good,
+            verdict("most fetches of one body", max(fetches.values()), 1, at_least=False),
+            verdict(
+                "bytes from Gmail / unique", said["bytes_sent"] / said["body_bytes"], 1.1, at_least=False
+            ),
+        ]
+    )
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+def _memory(folder: Path, there: Dovecot, here: Dovecot) -> bool:
+    """Four mailboxes at the same time in one process."""
+    with _office(folder, how="stay") as running:
+        idle = running.memory()
+        numbers = [
+            running.desk.order(
+                there.port,
+                here.port,
+                source={"user": _SOURCE},
+                source_secret=PASSWORD,
+                target_secret=PASSWORD,
+                target_user=f"memory{number}@example.org",
+            )
+            for number in range(4)
+        ]
+        _finish(running, *numbers)
+        most = running.memory("VmHWM")
+    print(f"memory: {idle / 1e6:.1f} MB before the first import, {most / 1e6:.1f} MB with four at once")
+    return verdict("MB resident with four accounts at once", most / 1e6, 96, at_least=False)
+
+
+def _long_message(folder: Path, here: Dovecot) -> bool:
+    """One message of 60 MB after one of 1 KB."""
+    body = mail_corpus.edge_messages(large_bytes=_LONG_BYTES)["large"]
+    account = Account()
+    account.add("INBOX", body[:1000])
+    with serving(Server(account)) as port, _office(folder, how="stay") as running:
+        short = running.desk.order(port, here.port, target_secret=PASSWORD, target_user="short@example.org")
+        _finish(running, short)
+        account.add("INBOX", body)
+        running.forget_peak()
+        before = running.memory()
+        long = running.desk.order(port, here.port, target_secret=PASSWORD, target_user="long@example.org")
+        _finish(running, long)
+        added = running.memory("VmHWM") - before
+    arrived = mailboxes.content(here.port, "long@example.org", PASSWORD)
+    assert arrived.total() == 2, arrived
+    return verdict("MB more for a message of 60 MB", added / 1e6, 8, at_least=False)
+
+
+# -- crashes and crowds -------------------------------------------------------------------------------
+
+
+def _kills(folder: Path, there: Dovecot, here: Dovecot, count: int, size: int, kills: int = 20) -> bool:
+    """SIGKILLs at random moments of one import."""
+    user = "killed@example.org"
+    with tapped(there.port) as tap, _office(folder) as running:
+        number = running.desk.order(
+            tap.port,
+            here.port,
+            source={"user": _SOURCE},
+            source_secret=PASSWORD,
+            target_secret=PASSWORD,
+            target_user=user,
+        )
+        given = running.finish_killed(number, kills=kills, messages=count, seed=None, within_s=170)
+        assert running.desk.imported(number).state == "done", running.desk.imported(number).report
+        again = tap.sent_bytes / size - 1
+    there_now = mailboxes.content(there.port, _SOURCE, PASSWORD)
+    here_now = mailboxes.content(here.port, user, PASSWORD)
+    lost, surplus = (there_now - here_now).total(), (here_now - there_now).total()
+    print(f"{given} of {kills} kills; {lost} lost or altered, {surplus} doubled or altered")
+    return all(
+        [
+            given == kills and not lost and not surplus,
+            verdict("share of the bytes fetched again", again, 0.05, at_least=False),
+        ]
+    )
+
+
+def _fairness(folder: Path) -> bool:
+    """A hundred small accounts of one server, ordered at once, with the default four threads."""
+    accounts = [Account(f"user{number}@example.org") for number in range(_ACCOUNTS)]
+    for number, account in enumerate(accounts):
+        mail_corpus.fill(account, mail_corpus.generate(20, seed=number))
+    with serving(Server(*accounts)) as port, _office(folder) as running:
+        began = time.monotonic()
+        numbers = [
+            running.desk.order(port, folder / "mail" / account.user, source={"user": account.user})
+            for account in accounts
+        ]
+        ended = running.finish(numbers, within_s=170)
+        for number in numbers:
+            assert running.desk.imported(number).state == "done", running.desk.imported(number).report
+    waits = [at - began for at in ended.values()]
+    mean, longest = statistics.mean(waits), max(waits)
+    print(f"{_ACCOUNTS} accounts: {mean:.1f} s on average until one is done, {longest:.1f} s at most")
+    return verdict("longest wait / mean", longest / mean, 2, at_least=False)

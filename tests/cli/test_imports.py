@@ -1,0 +1,258 @@
+"""Imports of mailboxes at the command line, from plan to report."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance import mail_corpus
+from conformance.imap_server import GMAIL, Account, GmailAccount, Server, serving
+from ksync_server import settings
+from ksync_server.mailimport import orders
+from ksync_server.mailimport.maildir_sink import MaildirSink
+from ksync_server.worker import open_services
+from tests.cli.test_accounts import Shell
+from tests.mailimport.harness import Desk, contents
+
+SECRET = "korrekt-pferd"
+
+
+@pytest.fixture
+def shell(sqlite_url: str, tmp_path: Path) -> Shell:
+    """An empty store whose owner may ask servers of this machine without TLS."""
+    config = tmp_path / "ksync.toml"
+    config.write_text(
+        f'[database]\nurl = "{sqlite_url}"\n[mail_import]\nplain = true\nback_off_s = 0.1\n'
+        '[outbound]\nprivate_networks = ["127.0.0.0/8"]\n'
+        '[mail]\nrelay = "relay.example.org"\nfrom_address = "noreply@example.org"\n'
+    )
+    return Shell(config)
+
+
+@pytest.fixture
+def source() -> Server:
+    """A mailbox of 30 messages."""
+    account = Account(password=SECRET)
+    mail_corpus.fill(account, mail_corpus.generate(30, mean_bytes=12_000))
+    return Server(account)
+
+
+def asked(port: int, target: Path | int) -> list[str]:
+    """Options that name both sides."""
+    words = ["--host", "127.0.0.1", "--user", "alice@example.org", "--port", str(port), "--security", "none"]
+    if isinstance(target, Path):
+        return [*words, "--to-maildir", str(target)]
+    there = ["--to-host", "127.0.0.1", "--to-user", "alice@example.org", "--to-port", str(target)]
+    return [*words, *there, "--to-security", "none"]
+
+
+def rows(shell: Shell, table: str) -> list[Any]:
+    """A table's rows."""
+    path = shell.config.parent / "ksync.db"
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(f"SELECT * FROM {table}").fetchall()
+
+
+def test_an_import_from_its_plan_to_its_report(shell: Shell, source: Server) -> None:
+    target = Server(Account(password="other-secret"))
+    with serving(source) as there, serving(target) as here:
+        both = f"{SECRET}\nother-secret\n"
+        plan = shell.json("import", "mail", "plan", *asked(there, here), given=both)
+        assert plan["messages"] == 30
+        assert {each["folder"] for each in plan["folders"]} == set(source.folders)
+        assert not rows(shell, "mail_import")
+
+        told = ["--notify", "owner@example.org"]
+        made = shell.json("import", "mail", "start", *asked(there, here), *told, "--here", given=both)
+        assert (made["state"], made["report"]["copied"]) == ("done", 30)
+        assert contents(target.account) == contents(source.account)
+        letter = shell.json("jobs", "list", "--kind", "mail.send")[0]["arguments"]
+        assert letter["to"] == "owner@example.org"
+        assert "Copied:        30" in letter["text"]
+
+        again = shell.json("import", "mail", "again", "1", "--here", given=both)
+        assert (again["passes"], again["report"]["copied"], again["report"]["found"]) == (2, 0, 30)
+    assert not source.violations
+    assert not target.violations
+    assert not rows(shell, "job_secret")
+
+
+def test_a_wrong_password_is_found_before_anything_is_queued(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    with serving(source) as there:
+        said = shell.refusal("import", "mail", "start", *asked(there, tmp_path / "mail"), given="wrong\n")
+    assert "refuses the log-in of alice@example.org" in said
+    assert "wrong" not in said
+    assert len(source.statistics.logins) == 1
+    assert not rows(shell, "mail_import")
+    assert not rows(shell, "job")
+
+
+def test_a_destination_without_room_is_found_before_anything_is_queued(shell: Shell, source: Server) -> None:
+    target = Server(Account(password=SECRET, quota_bytes=50_000))
+    with serving(source) as there, serving(target) as here:
+        said = shell.refusal("import", "mail", "start", *asked(there, here), given=f"{SECRET}\n{SECRET}\n")
+    assert "has room for 0 MB" in said
+    assert not rows(shell, "job")
+
+
+def test_an_import_that_waits_is_cancelled_and_its_password_is_gone(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    with serving(source) as there:
+        words = asked(there, tmp_path / "mail")
+        made = shell.json("import", "mail", "start", *words, "--untried", given=SECRET)
+        assert len(rows(shell, "job_secret")) == 1
+        assert not source.statistics.logins
+        assert shell.json("import", "mail", "list")[0]["state"] == "waiting"
+        assert shell.json("import", "mail", "cancel", str(made["import"]))["state"] == "cancelled"
+        assert "is cancelled already" in shell.refusal("import", "mail", "cancel", "1")
+    assert not rows(shell, "job_secret")
+    assert shell.json("import", "mail", "show", "1")["state"] == "cancelled"
+
+
+def test_a_job_that_is_cancelled_is_an_import_that_is(shell: Shell, source: Server, tmp_path: Path) -> None:
+    with serving(source) as there:
+        made = shell.json("import", "mail", "start", *asked(there, tmp_path / "m"), "--untried", given=SECRET)
+        shell.run("jobs", "cancel", str(made["job"]))
+    assert shell.json("import", "mail", "show", "1")["state"] == "cancelled"
+    assert shell.json("import", "mail", "list")[0]["state"] == "cancelled"
+
+
+def test_what_is_refused_is_listed_and_the_command_fails(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    subject = b"Subject: far too long\r\n\r\n"
+    source.account.add("INBOX", subject + b"x" * 30_000)
+    words = ["--set", "mail_import.message_bytes=30000"]
+    with serving(source) as there:
+        result = shell.run(
+            "import", "mail", "start", *asked(there, tmp_path / "m"), *words, "--here", given=SECRET, code=1
+        )
+    assert "and not everything could be taken over" in result.stdout
+    assert "'far too long': it has 30025 bytes, the most is 30000" in result.stdout
+
+
+def test_a_file_of_imports_is_refused_whole_where_rows_are_bad(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    file = tmp_path / "people.csv"
+    with serving(source) as there:
+        good = f"127.0.0.1,{there},none,alice@example.org,{SECRET},{tmp_path}/mail-%d,\n"
+        lines = "host,port,security,user,password,to_maildir,notify\n" + "".join(good % at for at in range(5))
+        bad = (
+            f"127.0.0.1,{there},nothing,bob@example.org,x,/tmp/y,\n"
+            f"127.0.0.1,{there},none,,x,/tmp/y,\n"
+            f"127.0.0.1,{there},none,alice@example.org,{SECRET},{tmp_path}/mail-0,\n"
+        )
+        file.write_text(lines + bad)
+        said = shell.refusal("import", "mail", "bulk", str(file))
+        assert [line.partition(":")[0] for line in said.splitlines()[:3]] == ["line 7", "line 8", "line 9"]
+        assert not rows(shell, "mail_import")
+        words = ["import", "mail", "bulk", str(file), "--good-rows", "--notify", "boss@example.org"]
+        made = shell.json(*words)
+        assert len(made["imports"]) == 5
+        assert [each["line"] for each in made["refused"]] == [7, 8, 9]
+        assert not source.statistics.logins
+        last = shell.json("import", "mail", "list", "--batch", "1")
+        assert {each["state"] for each in last} == {"waiting"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "host, user and password"),
+        ("host,user\n", "host, user and password"),
+        ("host,user,password,colour\n", "no column 'colour'"),
+    ],
+)
+def test_a_file_without_the_columns_is_refused(shell: Shell, tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "people.csv"
+    file.write_text(text)
+    assert problem in shell.refusal("import", "mail", "bulk", str(file))
+
+
+def test_a_pasted_app_password_loses_its_spaces_and_no_other_password_does() -> None:
+    assert orders.secret("abcd efgh ijkl mnop") == "abcdefghijklmnop"
+    assert orders.secret("abcd efgh ijkl mno") == "abcd efgh ijkl mno"
+    assert orders.secret(" with spaces ") == " with spaces "
+
+
+def test_a_plan_of_gmail_says_both_sizes(shell: Shell, tmp_path: Path) -> None:
+    account = GmailAccount(password=SECRET)
+    mail_corpus.fill_gmail(account)
+    with serving(Server(account, features=GMAIL)) as there:
+        plan = shell.json("import", "mail", "plan", *asked(there, tmp_path / "m"), given=SECRET)
+    assert plan["messages"] == 300
+    assert plan["folder_bytes"] > 2 * plan["bytes"]
+
+
+def test_a_file_makes_the_mailboxes_that_are_missing_and_fills_them(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    number = shell.json("org", "create", "Example")["id"]
+    shell.run("product", "create", str(number), "mail-premium", "--seats", "5")
+    file = tmp_path / "people.csv"
+    with serving(source) as there:
+        row = f"127.0.0.1;{there};none;alice@example.org;{SECRET};%s@example.org\n"
+        file.write_text("host;port;security;user;password;to_mailbox\n" + row % "new" + row % "other")
+        assert "There is no mailbox" in shell.refusal("import", "mail", "bulk", str(file))
+        made = shell.json("import", "mail", "bulk", str(file), "--organization", str(number))
+        assert [each["address"] for each in shell.json("mailbox", "list")] == [
+            "new@example.org",
+            "other@example.org",
+        ]
+        assert not source.statistics.logins
+        config = settings.load(shell.config)
+        services = open_services(config)
+        Desk(services.database, config, services.keys).work()
+        services.close()
+        for each in made["imports"]:
+            shown = shell.json("import", "mail", "show", str(each))
+            assert (shown["state"], shown["report"]["copied"]) == ("done", 30)
+    maildir = Path(shell.json("mailbox", "show", "new@example.org")["maildir"])
+    names = {path.name for path in maildir.glob(".*")}
+    assert {".Work.Projects.Lighthouse", ".Lists.imap", ".M&APw-ller &- S&APY-hne"} <= names
+
+
+def test_addresses_that_the_offer_does_not_have_are_refused_before_any_log_in(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    number = shell.json("org", "create", "Example")["id"]
+    shell.run("product", "create", str(number), "mail-starter")
+    file = tmp_path / "people.csv"
+    with serving(source) as there:
+        row = f"127.0.0.1,{there},none,alice@example.org,{SECRET},%s@example.org\n"
+        file.write_text("host,port,security,user,password,to_mailbox\n" + row % "one" + row % "two")
+        shell.refusal("import", "mail", "bulk", str(file), "--organization", str(number))
+    assert not source.statistics.logins
+    assert not rows(shell, "mailbox")
+    assert not rows(shell, "mail_import")
+
+
+@pytest.mark.parametrize(
+    ("name", "on_disk"),
+    [  # as Dovecot 2.3 with listescape, which the shipped configuration has, writes them itself
+        ("a.b/c.d", ".a\\2eb.c\\2ed"),
+        ("q.r/s", ".q\\2er.s"),
+        ("\\z", ".\\5cz"),
+        ("~t2", ".\\7et2"),
+        ("x/~y", ".x.\\7ey"),
+        ("Müller & Söhne", ".M&APw-ller &- S&APY-hne"),
+    ],
+)
+def test_folders_of_our_mailboxes_are_named_as_dovecot_names_them(
+    tmp_path: Path, name: str, on_disk: str
+) -> None:
+    sink = MaildirSink(tmp_path / "Maildir", escaped=True)
+    asyncio.run(sink.ensure(name))
+    assert (tmp_path / "Maildir" / on_disk / "cur").is_dir()
+    assert {place.name for place in asyncio.run(sink.places())} == {"INBOX", name}
+    line = (tmp_path / "Maildir" / "subscriptions").read_text().splitlines()[-1]
+    assert "." + line.replace("\t", ".") == on_disk
