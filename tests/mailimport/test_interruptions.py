@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from msgspec.structs import replace
 
 from conformance import mail_corpus
-from conformance.imap_server import BASIC, MODERN, Account, Bye, Drop, No, Rule, Run, Server, Stall
+from conformance.imap_server import BASIC, MODERN, Account, Bye, Drop, No, Rule, Run, Server, Stall, serving
 from ksync_server import jobs
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
@@ -307,3 +308,45 @@ def test_servers_without_an_extension_are_copied_exactly(
         exact(move.go(), 1, found=41)
     assert contents(target.account) == contents(source.account)
     assert not source.violations + target.violations
+
+
+# -- shared workers -------------------------------------------------------------------------------
+
+
+def test_an_import_that_makes_way_for_others_was_no_crash_and_goes_on(lite: Database, tmp_path: Path) -> None:
+    source, target, other = corpus(), Server(), Server()
+    with moving(lite, tmp_path, source, target, window_bytes=40_000) as move, serving(other) as second:
+        move.desk.settings = replace(move.desk.settings, jobs=replace(move.desk.settings.jobs, slice_s=0))
+        number = move.order()
+        move.desk.order(move.there, second)
+        runner = move.desk.runner()
+        assert runner.step()
+        with lite.read() as tx:
+            kept = tx.execute(
+                sa.select(t.job.c.checkpoint).where(t.job.c.checkpoint.is_not(None))
+            ).scalar_one()
+        assert '"is_running": false' in kept
+        move.desk.work()
+        assert move.desk.imported(number).state == "done"
+        with lite.read() as tx:
+            assert not [
+                text for (text,) in tx.execute(sa.select(t.job.c.checkpoint)) if "crashes" in (text or "")
+            ]
+    assert contents(target.account) == contents(other.account) == contents(source.account)
+
+
+def test_an_import_cancelled_as_it_fails_is_cancelled_and_can_begin_anew(
+    lite: Database, tmp_path: Path
+) -> None:
+    source, target = filled(), Server()
+    with moving(lite, tmp_path, source, target) as move:
+        number = move.order()
+
+        def cancel(_: Server) -> None:
+            job = move.desk.imported(number).job_id or 0
+            lite.write(lambda tx: jobs.cancel(tx, job))
+
+        source.rules = [Rule(Run(cancel), "LIST"), Rule(Drop(), "LIST")]
+        move.desk.work()
+        assert move.state == "cancelled"
+        exact(move.go(), 5)

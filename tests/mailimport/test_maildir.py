@@ -46,7 +46,9 @@ def test_python_reads_the_same_messages_dates_and_flags(database: Database, tmp_
     with moving(database, tmp_path, source, root, whole_bytes=6000) as move:
         exact(move.go(), 40)
         exact(move.go(), 0, found=40)
-    for name in filter(str.isascii, source.folders):
+    for name, folder in source.folders.items():
+        if not (name.isascii() and folder.messages):
+            continue
         where = "" if name == "INBOX" else name.replace("/", ".").replace("&", "&-")
         assert read(root, where) == expected(source, name), name
     files = list(root.rglob("cur/*"))

@@ -43,6 +43,8 @@ _READ = 64 << 10  # asked of zlib at once
 _SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
 _BODY = re.compile(rb"(?:^|[ (])BODY\[[^\]]*\](?:<\d+>)?[ ]\Z", re.I)
 _UID = re.compile(rb"[( ]UID (\d{1,10})[ )]", re.I)
+_ANSWERS = 10_000_000  # to one command: a folder has fewer messages, and a server that never ends is left
+_HELD_ANSWERS = 250_000  # the same where they are kept until the end
 _PARTS = 1000  # messages of which something was said, and something not
 _WATCH_S = 1.0
 _FAR_S = 0.01  # seconds to connect from which on compression pays
@@ -134,10 +136,15 @@ class Ended:
 
 
 class Inlet:
-    """What commands receive, in order: Start, Piece ..., Data; and Ended for each of them."""
+    """What commands receive, in order: Start, Piece ..., Data; and Ended for each of them.
 
-    def __init__(self, connection: Connection) -> None:
+    Args:
+        bodies: they ask for bodies; a server that sends one unasked is not heard.
+    """
+
+    def __init__(self, connection: Connection, *, bodies: bool) -> None:
         self._connection = connection
+        self.bodies = bodies
         self._waiting: deque[Start | Piece | Data | Fetched | Ended] = deque()
         self._taker: asyncio.Future[None] | None = None
         self._error: Exception | None = None
@@ -232,6 +239,7 @@ class Pending:
     answered: asyncio.Future[Status]
     data: list[Data] = field(default_factory=list)
     inlet: Inlet | None = None
+    answers: int = 0
 
 
 class Connection(asyncio.Protocol):
@@ -323,8 +331,9 @@ class Connection(asyncio.Protocol):
         size, head = event.size, self._pieces[-1]
         oldest = self._pending[0] if self._pending else None
         self._left = size
-        if oldest is not None and oldest.inlet is not None and _BODY.search(bytes(head)):  # type: ignore[arg-type]
-            self._streaming = oldest.inlet
+        inlet = oldest.inlet if oldest is not None else None
+        if inlet is not None and inlet.bodies and _BODY.search(bytes(head)):  # type: ignore[arg-type]
+            self._streaming = inlet
             uid = _UID.search(bytes(head))  # type: ignore[arg-type]
             self._streaming.put(Start(size, int(uid[1]) if uid else None))
         elif size > self._settings.line_bytes:
@@ -358,6 +367,9 @@ class Connection(asyncio.Protocol):
             oldest = self._pending[0] if self._pending else None
             if oldest is None:
                 return  # unasked for
+            oldest.answers += 1
+            if oldest.answers > (_HELD_ANSWERS if oldest.inlet is None else _ANSWERS):
+                raise BadRequest(f"more than {oldest.answers - 1} answers to {oldest.name}")
             if oldest.inlet is not None:
                 oldest.inlet.put(response)
             elif isinstance(response, Data):
@@ -556,13 +568,13 @@ class Connection(asyncio.Protocol):
         """
         return await self.answer(await self.send(name, *arguments))
 
-    async def stream(self, name: str, *arguments: bytes | str) -> Stream:
-        """Send a command whose answer is taken while it comes, bodies in pieces.
+    async def stream(self, name: str, *arguments: bytes | str, bodies: bool = False) -> Stream:
+        """Send a command whose answer is taken while it comes, bodies in pieces where it asks for some.
 
         Raises:
             RemoteError: the connection is gone.
         """
-        inlet = Inlet(self)
+        inlet = Inlet(self, bodies=bodies)
         await self.send(name, *arguments, inlet=inlet)
         return Stream(name, inlet)
 
@@ -590,11 +602,17 @@ class Connection(asyncio.Protocol):
             raise Temporary(f"{self.server.host} does not let us in: {said(status)}")
         if self.server.security != "starttls":
             return
+        if status.word == "PREAUTH":  # it would go on in the clear (RFC 9051 §7.1.4)
+            raise Permanent(f"{self.server.host} lets us in before TLS: somebody is in between.")
         if not self.capabilities:
             await self.ask("CAPABILITY")
         if "STARTTLS" not in self.capabilities:
             raise Permanent(f"{self.server.host} offers no STARTTLS.")
-        await self.ask("STARTTLS")
+        try:
+            await self.ask("STARTTLS")
+        except Refused as error:
+            text = f"{self.server.host} refuses STARTTLS: {said(error.status)}"
+            raise (Temporary if is_temporary(error.status) else Permanent)(text) from None
         if not self._framer.is_between_lines:
             raise Permanent(f"{self.server.host} says something before TLS: somebody is in between.")
         # What an eavesdropper could have said counts for nothing (RFC 3501 §6.2.1).

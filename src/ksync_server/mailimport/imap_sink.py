@@ -199,7 +199,9 @@ class ImapSink:
         digests: dict[str, bytes] = {}
         for uids in imap.sequence_set(map(int, handles)):
             hashed = hashlib.sha256()
-            async for each in await self._connection.stream("UID FETCH", uids, "(UID BODY.PEEK[])"):
+            async for each in await self._connection.stream(
+                "UID FETCH", uids, "(UID BODY.PEEK[])", bodies=True
+            ):
                 if isinstance(each, Start):
                     hashed = hashlib.sha256()
                 elif isinstance(each, Piece):

@@ -64,6 +64,14 @@ class Counters:
         if text not in self.notes and len(self.notes) < _LISTED:
             self.notes.append(text)
 
+    def differs(self, name: str, problem: str) -> None:
+        """Say once what in a folder of the destination is not as at the source."""
+        text = f"{name}: {problem}"
+        if text not in self.differences:
+            self.different += 1
+            if len(self.differences) < _LISTED:
+                self.differences.append(text)
+
 
 class Window:
     """Bytes that are fetched, or asked for, and not recorded yet.
@@ -242,7 +250,7 @@ class Importer:
         except Refused as error:
             if is_temporary(error.status):
                 raise Temporary(str(error)) from None
-            self._differs(folder.name, f"cannot be opened: {said(error.status)}")
+            self.counters.differs(folder.name, f"cannot be opened: {said(error.status)}")
             return
         if row is not None and row.uid_validity != folder.uid_validity:
             # All UIDs are new. The old rows still say what is at the destination: `_recognise` pairs them.
@@ -327,7 +335,7 @@ class Importer:
                 await self._copy(walk, name, messages)
             except Unmade as error:
                 walk.is_whole = False
-                self._differs(name, f"{len(messages)} messages have no place: {error}")
+                self.counters.differs(name, f"{len(messages)} messages have no place: {error}")
 
     async def _copy(self, walk: _Walk, name: str, messages: Sequence[Message]) -> None:
         """Fetch and place messages of one destination, the two at the same time."""
@@ -389,13 +397,16 @@ class Importer:
 
     async def _take(self, reading: _Reading) -> None:
         """Take what comes until a request is answered."""
+        most = max(self._window.limit, 4 * self._settings.whole_bytes)  # more only where sizes lie
         parcels: list[Parcel] = []
         try:
             while isinstance(each := await reading.bodies.take(), Parcel):
                 self.counters.fetched_bytes += each.size
                 parcels.append(each)
+                if sum(parcel.size for parcel in parcels) > most:
+                    raise Poisoned([parcel.message for parcel in parcels], "its sizes are not what it says")
         except Poisoned as error:
-            self._poisoned(error, reading)
+            await self._poisoned(error, reading)
             raise Temporary(f"the source cannot be read on: {error}") from None
         finally:  # what came before a failure is kept
             if parcels:
@@ -427,11 +438,12 @@ class Importer:
             is_there = await self._source.is_there(message.uid)
             reading.ready.put_nowait(Failed(message, reason if is_there else "", message.size))
 
-    def _poisoned(self, error: Poisoned, reading: _Reading) -> None:
+    async def _poisoned(self, error: Poisoned, reading: _Reading) -> None:
         if len(error.messages) == 1:
             reading.ready.put_nowait(Failed(error.messages[0], str(error), 0))
         else:
             self._failed_singly = True  # the next run finds out which one it is
+            await self._commit(lambda tx: None)
 
     async def _take_long(self, reading: _Reading, walk: _Walk, message: Message) -> None:
         path = self._settings.spool / f"{self._import.id}-{walk.row.id}-{message.uid}"
@@ -442,7 +454,7 @@ class Importer:
         try:
             parcel = await self._source.spool(message, path)
         except Poisoned as error:
-            self._poisoned(error, reading)
+            await self._poisoned(error, reading)
             path.unlink(missing_ok=True)
             raise Temporary(f"the source cannot be read on: {error}") from None
         except Refused as error:
@@ -648,7 +660,7 @@ class Importer:
                 source, target = await self._open_target(first), await self._open_target(name)
             except Unmade as error:
                 walk.is_whole = False
-                self._differs(name, f"{len(messages)} messages could not be added: {error}")
+                self.counters.differs(name, f"{len(messages)} messages could not be added: {error}")
                 continue
             from_there: dict[str, Copy] = {}
             made: list[Copy] = []
@@ -684,7 +696,7 @@ class Importer:
                 await self._commit(records.add_copies, rows)
             missing = [copy for handle, copy in from_there.items() if handle not in linked]
             for copy in missing[:_LISTED]:
-                self._differs(name, f"UID {copy.uid} of the source could not be added")
+                self.counters.differs(name, f"UID {copy.uid} of the source could not be added")
 
     async def _flags(self, walk: _Walk) -> None:
         """Carry what changed at the source, and leave what the destination's owner changed."""
@@ -703,7 +715,7 @@ class Importer:
                     ),
                 )
             except Refused as error:
-                self._differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
+                self.counters.differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
                 continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
@@ -734,7 +746,7 @@ class Importer:
                 if seen is not None and problem == "size":
                     again[handle] = copy
                 elif problem:
-                    self._differs(name, f"UID {copy.uid} of the source {problem}")
+                    self.counters.differs(name, f"UID {copy.uid} of the source {problem}")
             await self._check_bodies(name, wanted if self._options.bodies else again)
             self.counters.checked += len(found)
 
@@ -744,12 +756,7 @@ class Importer:
         digests = await self._sink.digests(name, copies)
         for handle, copy in copies.items():
             if digests.get(handle) != copy.sha256:
-                self._differs(name, f"UID {copy.uid} of the source was changed by the destination")
-
-    def _differs(self, name: str, problem: str) -> None:
-        self.counters.different += 1
-        if len(self.counters.differences) < _LISTED:
-            self.counters.differences.append(f"{name}: {problem}")
+                self.counters.differs(name, f"UID {copy.uid} of the source was changed by the destination")
 
     # -- rows ---------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ksync_server.errors import Permanent, Temporary
+from ksync_server.errors import Temporary
 from ksync_server.mailimport.sinks import (
     Full,
     Held,
@@ -30,6 +30,7 @@ from ksync_server.mailimport.sinks import (
     Room,
     Seen,
     Stranger,
+    Unmade,
     Unwanted,
     canonical,
 )
@@ -166,7 +167,7 @@ class MaildirSink:
     def _make(self, name: str) -> None:
         folder = self._folder(name)
         if len(os.fsencode(folder.name)) > 255:
-            raise Permanent(f"The name of a folder is too long: {name!r:.80}")
+            raise Unmade(f"The name of a folder is too long: {name!r:.80}")
         wanted = [self._root, folder, *(folder / part for part in ("tmp", "new", "cur"))]
         for path in wanted:
             if not path.is_dir():

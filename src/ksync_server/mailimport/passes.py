@@ -29,7 +29,7 @@ from ksync_server.auth import mailboxes
 from ksync_server.auth.keys import Keys
 from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.errors import BadRequest, NotFound, Permanent, RemoteError
-from ksync_server.jobs import Cancelled, Job
+from ksync_server.jobs import Cancelled, Job, Yielded
 from ksync_server.mail import dovecot
 from ksync_server.mailimport import letters, records
 from ksync_server.mailimport.connection import Server, connect
@@ -124,16 +124,23 @@ class Passes:
         self._database.write(lambda tx: records.set_state(tx, imported.id, "running"))
         run = _Run(self._settings, self._database, self._keys, job, imported, self._window)
         try:
-            with self._counted(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                report = runner.run(run.run())
+            self._run(job, imported, run)
         except Cancelled:
             self._end(job, imported, "cancelled", run.report("It was cancelled."), fenced=False)
             raise
+
+    def _run(self, job: Job, imported: records.Import, run: _Run) -> None:
+        try:
+            with self._counted(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                report = runner.run(run.run())
         except Permanent as error:
             self._end(job, imported, "failed", run.report(str(error)))
             raise
+        except Yielded:
+            self._rest(job)
+            raise
         except DayIsOver as pause:
-            job.checkpoint({**(job.state or {}), "is_running": False})
+            self._rest(job)
             self._pause(job, imported, str(pause), pause.wait_s)
         except (RemoteError, BadRequest, OSError) as error:
             self._retry(job, imported, run, error)
@@ -151,7 +158,8 @@ class Passes:
             letters.tell(tx, mail, imported, state, report)
 
         if fenced:
-            job.checkpoint(job.state, effects)
+            with contextlib.suppress(Cancelled, Yielded):  # it has ended, whatever is asked of it
+                job.checkpoint(job.state, effects)
         else:  # the checkpoint that was told to end kept the lease a moment ago
             self._database.write(effects)
         log.info("import", extra={"import": imported.id, "state": state, "copied": report["copied"]})
@@ -169,6 +177,15 @@ class Passes:
             if int(path.name.partition("-")[0]) not in active:
                 path.unlink(missing_ok=True)
 
+    def _rest(self, job: Job, **more: int) -> None:
+        """Keep that this run ended as it should: what is found at the next one was no crash.
+
+        Raises:
+            Cancelled, LeaseLost: as the job's checkpoints.
+        """
+        with contextlib.suppress(Yielded):  # what follows is a pause in any case
+            job.checkpoint({**(job.state or {}), "is_running": False, **more})
+
     def _pause(self, job: Job, imported: records.Import, reason: str, wait_s: float) -> None:
         job.progress(**report_progress(job), note=reason)
         self._database.write(lambda tx: records.set_state(tx, imported.id, "paused"))
@@ -177,7 +194,7 @@ class Passes:
     def _retry(self, job: Job, imported: records.Import, run: _Run, error: Exception) -> None:
         """A server failed: again after a pause that doubles until something moves."""
         settings = self._settings.mail_import
-        state = {**(job.state or {}), "is_running": False}
+        state = job.state or {}
         now = int(time.time())
         moved = run.has_moved or "failing_since" not in state
         since = now if moved else int(state["failing_since"])
@@ -188,10 +205,7 @@ class Passes:
             raise Permanent(text)
         wait_s = min(settings.back_off_s * 2 ** min(failures, _DOUBLINGS), settings.longest_back_off_s)
         wait_s *= random.uniform(0.8, 1.2)  # noqa: S311 - what failed together is not tried together
-        job.checkpoint(
-            {**state, "failing_since": since, "failures": failures},
-            lambda tx: records.set_state(tx, imported.id, "paused"),
-        )
+        self._rest(job, failing_since=since, failures=failures)
         log.info(
             "import pauses", extra={"import": imported.id, "reason": str(error), "wait_s": round(wait_s)}
         )
@@ -290,7 +304,7 @@ class _Run:
         )
         folders, insane = sane(await source.folders())
         for name in insane:
-            importer.counters.note(f"A folder cannot be imported for its name: {name!r:.60}")
+            importer.counters.differs(ascii(name)[:60], "a folder cannot be asked for by this name")
         where = Map(await sink.places(), sink.separator, sink.prefix, options, source.prefix)
         await importer.run(folders, where)
         report = self._finished(importer)

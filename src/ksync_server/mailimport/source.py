@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ksync_server import settings as configuration
-from ksync_server.errors import KsyncError, Permanent, Temporary
+from ksync_server.errors import BadRequest, KsyncError, Permanent, Temporary
 from ksync_server.mailimport.connection import (
     Connection,
     Ended,
@@ -59,7 +59,7 @@ class Bodies:
 
     def __init__(self, source: Source, settings: configuration.MailImport) -> None:
         self._connection = source.connection
-        self._inlet = Inlet(source.connection)
+        self._inlet = Inlet(source.connection, bodies=True)
         self._longest = 2 * settings.whole_bytes  # of one whose size was said to be below that
         self._requests: dict[str, tuple[Message, ...]] = {}  # by tag
         self._wanted: dict[int, Message] = {}
@@ -256,14 +256,22 @@ class Source:
         )
 
     async def subjects(self, uids: Sequence[int]) -> dict[int, str]:
-        """The subjects of a few messages of the open folder, for a report; as they are written, cut short."""
+        """The subjects of a few messages of the open folder, for a report; as they are written, cut short.
+
+        Raises:
+            BadRequest: the server sends more than that.
+            RemoteError: the server failed.
+        """
         found: dict[int, str] = {}
         body = bytearray()
         item = f"(UID BODY.PEEK[HEADER.FIELDS (SUBJECT)]<0.{_SUBJECT_BYTES}>)"
         for some in imap.sequence_set(uids):
-            async for each in await self.connection.stream("UID FETCH", some, item):
+            async for each in await self.connection.stream("UID FETCH", some, item, bodies=True):
                 if isinstance(each, Start):
                     body.clear()
+                    if each.size > 2 * _SUBJECT_BYTES:
+                        self.connection.abort()
+                        raise BadRequest("a subject is longer than was asked for")
                 elif isinstance(each, Piece):
                     body += each.data
                 elif isinstance(each, Fetched):
@@ -291,8 +299,10 @@ class Source:
                 at = file.seek(0, 2)
                 came, has_begun, there = 0, False, False
                 part = f"(UID BODY.PEEK[]<{at}.{_PART_BYTES}>)"
-                async for each in await self.connection.stream("UID FETCH", str(message.uid), part):
-                    if isinstance(each, Start) and at + each.size > self._settings.message_bytes:
+                async for each in await self.connection.stream(
+                    "UID FETCH", str(message.uid), part, bodies=True
+                ):
+                    if isinstance(each, Start) and at + came + each.size > self._settings.message_bytes:
                         self.connection.abort()
                         raise Poisoned([message], f"longer than {self._settings.message_bytes} bytes")
                     has_begun |= isinstance(each, Start)
