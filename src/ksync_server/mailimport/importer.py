@@ -94,6 +94,11 @@ class Window:
         most = self._most()
         return min(most, max(_LEAST_WINDOW, self._done // _SHARE)) if self._careful else most
 
+    @property
+    def used(self) -> int:
+        """How many there are."""
+        return self._used
+
     def is_full_for(self, size: int) -> bool:
         """Whether `enter` would wait."""
         return bool(self._used) and self._used + size > self.limit
@@ -492,7 +497,7 @@ class Importer:
             daily = min(daily or self._settings.gmail_daily_bytes, self._settings.gmail_daily_bytes)
         if daily:
             spent, rest_s = await self._read(records.spent, self._budget)
-            if spent and spent + size > daily:
+            if spent and spent + self._window.used + size > daily:
                 raise DayIsOver(rest_s)
 
     # -- placing ------------------------------------------------------------------------------------
