@@ -88,7 +88,9 @@ class Desk:
             if not runner.step():
                 return runs
             runs += 1
-        raise AssertionError(f"still at work after {most} runs")
+        with self.database.read() as tx:
+            said = [job["progress"] for job in jobs.list_jobs(tx)]
+        raise AssertionError(f"still at work after {most} runs: {said}")
 
     def imported(self, number: int) -> records.Import:
         """An import as it is now."""

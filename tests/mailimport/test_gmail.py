@@ -78,6 +78,7 @@ def test_labels_are_carried_when_connections_end_everywhere(lite: Database, tmp_
     with moving(lite, tmp_path, source, target, window_bytes=300_000) as move:
         report = move.go()
         assert move.state == "done", report["differences"]
+    assert (report["copied"], report["linked"]) == (300, sum(map(len, wanted(account).values())) - 300)
     assert held(target.account) == wanted(account)
 
 

@@ -137,6 +137,25 @@ def test_a_full_destination_pauses_the_import_until_there_is_room(database: Data
     assert contents(target.account) == contents(source.account)
 
 
+def test_a_source_that_throttles_is_asked_once_in_each_pause(lite: Database, tmp_path: Path) -> None:
+    throttled = "[OVERQUOTA] Account exceeded command or bandwidth limits"
+    source, target = (
+        corpus(features=MODERN, rules=[Rule(Bye(throttled), "UID FETCH", nth=2, times=4)]),
+        Server(),
+    )
+    with moving(lite, tmp_path, source, target, back_off_s=60.0) as move:
+        move.order()
+        for step in range(1, 5):
+            lite.write(lambda tx: tx.execute(sa.update(t.job).values(run_at=0)))
+            assert move.desk.work(hurry=False) == 1
+            assert move.state == "paused"
+            assert len(source.statistics.logins) == step
+            assert "OVERQUOTA" in move.desk.job(move.number or 0)["progress"]["note"]
+        move.desk.work()
+        assert move.state == "done"
+    assert contents(target.account) == contents(source.account)
+
+
 def test_an_import_that_got_nowhere_for_long_has_failed_with_the_reason(
     lite: Database, tmp_path: Path
 ) -> None:

@@ -267,6 +267,7 @@ class Connection(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._inflate: zlib._Decompress | None = None
+        self._packed = b""  # that is not decompressed yet
         self._deflate: zlib._Compress | None = None
         self._heard = self._loop.time()
         self._since = self._heard  # what is received from here on is counted, for the rate
@@ -289,12 +290,20 @@ class Connection(asyncio.Protocol):
         try:
             if self._inflate is None:
                 self._read(data)
-                return
-            while data:
-                self._read(self._inflate.decompress(data, _READ))
-                data = self._inflate.unconsumed_tail
+            else:
+                self._packed += data
+                self._unpack(self._inflate)
         except (BadRequest, zlib.error) as error:
             self._fail(Temporary(f"{self.server.host} speaks no IMAP: {error}"))
+
+    def _unpack(self, inflate: zlib._Decompress) -> None:
+        """Read on while what came is being taken, so that little input never becomes much memory."""
+        while not self._paused and self._error is None:
+            data = inflate.decompress(self._packed, _READ)
+            self._packed = inflate.unconsumed_tail
+            self._read(data)
+            if len(data) < _READ:
+                return
 
     def eof_received(self) -> None:
         """Called by the loop."""
@@ -416,6 +425,8 @@ class Connection(asyncio.Protocol):
             self._heard = self._loop.time()
             self._heard_bytes = self.received
             self._transport.resume_reading()
+            if self._inflate is not None:
+                self._loop.call_soon(self.data_received, b"")
         self._paused = full
 
     def _look(self) -> None:

@@ -712,8 +712,10 @@ class Importer:
                 parcel = Parcel(message, copy.size, copy.sha256)
                 found = await self._recognise(target, parcel)
                 if found is not None:
-                    made.append(self._recognised(walk, target, parcel, *found))
-                    self._count(found[1], 0)
+                    handle, how, replaced = found
+                    how = LINKED if how == COPIED else how  # by a run that was cut
+                    made.append(self._recognised(walk, target, parcel, handle, how, replaced))
+                    self._count(how, 0)
                 else:
                     from_there[copy.handle] = copy
             linked: Mapping[str, str] = {}

@@ -1,0 +1,116 @@
+"""Many things go wrong at once, at random, on both sides; both passes end exact all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from conformance import mail_corpus
+from conformance.imap_server import GMAIL, MODERN, Account, Bye, Drop, GmailAccount, No, Order, Rule, Server
+from ksync_server.store.database import Database
+from tests.mailimport.harness import contents, moving
+from tests.mailimport.test_cases import BODY
+from tests.mailimport.test_gmail import held, wanted
+
+_OPTIONAL = (
+    *("UIDPLUS", "MULTIAPPEND", "LITERAL+", "CONDSTORE", "LIST-STATUS", "LIST-EXTENDED", "UTF8=ACCEPT"),
+    *("NAMESPACE", "STATUS=SIZE", "SASL-IR", "SPECIAL-USE"),
+)
+_ASKED = ("LIST", "EXAMINE", "UID FETCH", "STATUS", "NAMESPACE", "ID", "CAPABILITY")
+_TOLD = ("APPEND", "SELECT", "STATUS", "CREATE", "LIST", "UID FETCH", "UID COPY", "UID STORE", "AUTHENTICATE")
+
+
+def features(random: Random) -> frozenset[str]:
+    gone = set(random.sample(_OPTIONAL, random.randint(0, 5)))
+    return MODERN - gone - ({"QRESYNC"} if "CONDSTORE" in gone else set())
+
+
+def order(random: Random) -> Order:
+    return Order(*(random.random() < 0.3 for _ in range(5)))
+
+
+def troubles(random: Random, commands: tuple[str, ...]) -> list[Rule]:
+    """Up to four: at a command, within a message, or every so many bytes."""
+    rules = []
+    for _ in range(random.randint(0, 4)):
+        action = random.choice([Drop(), Bye(), No()])
+        kind = random.choice(["bytes", "message", "command"])
+        if kind == "bytes" and not isinstance(action, No):
+            rules.append(Rule(action, after_bytes=random.randint(1000, 150_000), times=random.choice([1, 3])))
+        elif kind == "message" and not isinstance(action, No):
+            rules.append(Rule(action, "UID FETCH", at_message=random.randint(1, 10), times=2))
+        else:
+            command = random.choice(commands)
+            moments = ["start", "end", *(["literal"] if command == "APPEND" and action != No() else [])]
+            when, nth = random.choice(moments), random.randint(1, 6)
+            rules.append(Rule(action, command, nth, when=when))  # type: ignore[arg-type]
+    return rules
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_a_mailbox_arrives_whole_through_a_storm(lite: Database, tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    source = Server(Account(separator=random.choice("/.")), features=features(random), order=order(random))
+    mails = mail_corpus.generate(60, folders=5, median_bytes=3000, mean_bytes=6000, seed=seed)
+    mail_corpus.fill(source.account, mails)
+    for body in filter(None, mail_corpus.edge_messages(large_bytes=70_000).values()):
+        source.account.add("INBOX", body)
+    count = sum(len(folder.messages) for folder in source.folders.values())
+    target = Server(Account(separator="/"), features=features(random), order=order(random))
+    there = random.sample(source.folders["INBOX"].messages, random.randint(0, 4))
+    for message in there:
+        target.account.add("INBOX", message.body, internal_date=message.internal_date)
+    sizes = {
+        "whole_bytes": random.choice([5000, 20_000, 1 << 20]),
+        "window_bytes": random.choice([30_000, 12 << 20]),
+    }
+    source.rules, target.rules = troubles(random, _ASKED), troubles(random, _TOLD)
+    with moving(lite, tmp_path, source, target, timeout_s=20.0, **sizes) as move:
+        report = move.go()
+        assert (move.state, report["copied"], report["there"]) == ("done", count - len(there), len(there))
+        assert contents(target.account) == _as_here(source)
+        source.rules, target.rules = troubles(random, _ASKED), troubles(random, _TOLD)
+        folder = random.choice([folder for folder in source.folders.values() if folder.messages])
+        source.account.add(folder.name, BODY % (seed, seed))
+        mail = random.choice(list(folder.entries.values()))
+        source.account.set_flags(mail, mail.flags | {"\\Flagged", "new"})
+        if random.random() < 0.3:
+            folder.renumber()
+        if random.random() < 0.3:
+            target.folders[folder.name.replace(".", "/")].renumber()
+        move.go()
+        assert move.state == "done"
+    assert contents(target.account) == _as_here(source)
+    assert not source.violations + target.violations
+
+
+def _as_here(source: Server) -> object:
+    found = contents(source.account)
+    return type(found)({(str(name).replace(".", "/"), *rest): many for (name, *rest), many in found.items()})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gmail_arrives_whole_through_a_storm(lite: Database, tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    account = GmailAccount()
+    mail_corpus.fill_gmail(account)
+    source = Server(account, features=GMAIL, order=order(random), rules=troubles(random, _ASKED))
+    target = Server(features=features(random), order=order(random), rules=troubles(random, _TOLD))
+    with moving(lite, tmp_path, source, target, timeout_s=20.0, window_bytes=200_000) as move:
+        report = move.go()
+        assert (move.state, report["found"], report["copied"]) == ("done", 300, 300)
+        assert held(target.account) == wanted(account)
+        target.rules = troubles(random, _TOLD)
+        mail = account.put(BODY % (1, 1), "Work")
+        account.set_labels(mail, {"Work", "\\Inbox", "Quite new"})
+        account.set_labels(
+            next(iter(account.folders["Receipts"].entries.values())), {"Receipts", "\\Inbox", "Other"}
+        )
+        move.go()
+        assert move.state == "done"
+    assert {
+        name: found for name, found in wanted(account).items() if held(target.account).get(name) != found
+    } == {}
+    assert not source.violations + target.violations
