@@ -4,8 +4,8 @@
                         ... -> labels -> flags -> the destination says what it has -> the folder is settled
 
 What is placed and has no row yet is bounded by the window. Whatever ends the run, the next one meets that at
-the destination as strangers and knows it by its SHA-256, so nothing is lost and nothing is there twice. After
-a crash the window begins small and grows with what a run has done: many crashes cost a small share of that.
+the destination as strangers and knows it by its SHA-256, so nothing is lost and nothing is there twice. The
+window grows with what a run has done, from little after a crash: what crashes cost is a small share of that.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from ksync_server.mailimport.sinks import Held, Message, Parcel, Placed, Seen, S
 from ksync_server.mailimport.source import Bodies, Poisoned, Source
 from ksync_server.store.database import Database, Write
 
-_LEAST_WINDOW = 256 << 10  # bytes, after a crash
-_SHARE = 24  # after a crash the window is one part in so many of what the run has done
+_FIRST_WINDOW = 3 << 20  # bytes; a wider one is hardly quicker
+_LEAST_WINDOW = 256 << 10  # the same after a crash
+_SHARE = 48  # then the window is one part in so many of what the run has done
 _BATCH = 200  # messages placed and recorded at once
 _REQUESTS = 2  # of bodies that are under way, so that the server never waits for us
 _SCAN_UIDS = 10_000  # asked about at once
@@ -83,7 +84,7 @@ class Window:
 
     def __init__(self, most: Callable[[], int], *, careful: bool) -> None:
         self._most = most
-        self._careful = careful
+        self._least = _LEAST_WINDOW if careful else _FIRST_WINDOW
         self._used = 0
         self._done = 0  # bytes recorded in this run
         self._changed = asyncio.Event()
@@ -91,8 +92,7 @@ class Window:
     @property
     def limit(self) -> int:
         """How many there may be now."""
-        most = self._most()
-        return min(most, max(_LEAST_WINDOW, self._done // _SHARE)) if self._careful else most
+        return min(self._most(), max(self._least, self._done // _SHARE))
 
     @property
     def used(self) -> int:

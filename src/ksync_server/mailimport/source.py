@@ -28,7 +28,7 @@ from ksync_server.wire import imap
 from ksync_server.wire.imap import Data, Fetched, Status
 
 _STATUS_AT_ONCE = 20
-_PART_BYTES = 16 << 20  # of a long message, asked for at once
+_PART_BYTES = 1 << 20  # of a long message, asked for at once: what a crash may cost, so it is little
 _SUBJECT_BYTES = 4096
 _SCAN = ("UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE")
 _GMAIL = ("X-GM-LABELS", "X-GM-MSGID")
