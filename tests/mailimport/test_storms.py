@@ -108,8 +108,8 @@ def test_gmail_arrives_whole_through_a_storm(lite: Database, tmp_path: Path, see
         account.set_labels(
             next(iter(account.folders["Receipts"].entries.values())), {"Receipts", "\\Inbox", "Other"}
         )
-        move.go()
-        assert move.state == "done"
+        last = move.go()
+        assert move.state == "done", (last["differences"], last["refusals"], last["problem"])
     assert {
         name: found for name, found in wanted(account).items() if held(target.account).get(name) != found
     } == {}
