@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ksync_server import settings as configuration
-from ksync_server.errors import RemoteError, Temporary
-from ksync_server.jobs import Job
+from ksync_server.errors import KsyncError, RemoteError, Temporary
+from ksync_server.jobs import Job, Left
 from ksync_server.mailimport import plan as plans
 from ksync_server.mailimport import records
 from ksync_server.mailimport.connection import Refused, is_temporary, said
@@ -94,6 +94,11 @@ class Window:
         most = self._most()
         return min(most, max(_LEAST_WINDOW, self._done // _SHARE)) if self._careful else most
 
+    @property
+    def used(self) -> int:
+        """How many there are."""
+        return self._used
+
     def is_full_for(self, size: int) -> bool:
         """Whether `enter` would wait."""
         return bool(self._used) and self._used + size > self.limit
@@ -144,7 +149,14 @@ class Failed:
     weight: int
 
 
-_Ready = Batch | Failed | None  # None: nothing more comes
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The rows of a batch are kept, or could not be."""
+
+    task: asyncio.Task[None]
+
+
+_Ready = Batch | Failed | Kept | None  # None: nothing more comes
 
 
 class Importer:
@@ -183,6 +195,7 @@ class Importer:
             state.get("settled", [])
         )  # folders done, where no mod-sequence says so
         self._counted_bytes = self.counters.fetched_bytes  # that are in the account's day already
+        self._keeping: asyncio.Task[None] | None = None
         self._targets: dict[str, Target] = {}
         self._known: dict[str, TargetFolder] = {}
         self._names: dict[int, str] = {}  # of targets
@@ -344,10 +357,16 @@ class Importer:
             while (each := await ready.get()) is not None:
                 if isinstance(each, Failed):
                     await self._record_failed(walk, target, each)
-                else:
-                    await self._place(walk, target, each)
+                elif isinstance(each, Batch):
+                    await self._place(walk, target, each, ready)
+                elif each.task is self._keeping:
+                    await self._kept()
+            await self._kept()
             await reader  # what was fetched before a failure is placed by now
         finally:
+            if self._keeping is not None:  # something else failed meanwhile
+                with suppress(KsyncError, Left):
+                    await self._kept()
             if not reader.done():
                 reader.cancel()
                 with suppress(asyncio.CancelledError, RemoteError, Poisoned):
@@ -477,7 +496,7 @@ class Importer:
             daily = min(daily or self._settings.gmail_daily_bytes, self._settings.gmail_daily_bytes)
         if daily:
             spent, rest_s = await self._read(records.spent, self._budget)
-            if spent and spent + size > daily:
+            if spent and spent + self._window.used + size > daily:
                 raise DayIsOver(rest_s)
 
     # -- placing ------------------------------------------------------------------------------------
@@ -509,7 +528,7 @@ class Importer:
         for copy in await self._read(records.retired, self._import.id, target.row.id):
             target.retired.setdefault(copy.sha256, []).append(copy)
 
-    async def _place(self, walk: _Walk, target: Target, batch: Batch) -> None:
+    async def _place(self, walk: _Walk, target: Target, batch: Batch, ready: asyncio.Queue[_Ready]) -> None:
         made: list[Copy] = []
         dropped: list[Copy] = []
         new: list[Parcel] = []
@@ -539,11 +558,30 @@ class Importer:
             records.drop(tx, dropped)
             records.add_copies(tx, made)
 
-        await self._commit(effects)
-        for parcel in batch.parcels:
-            if parcel.file is not None:
-                parcel.file.unlink(missing_ok=True)
-        self._window.leave(batch.weight, done=sum(parcel.size for parcel in batch.parcels))
+        async def keep() -> None:
+            await self._commit(effects)
+            for parcel in batch.parcels:
+                if parcel.file is not None:
+                    parcel.file.unlink(missing_ok=True)
+            self._window.leave(batch.weight, done=sum(parcel.size for parcel in batch.parcels))
+
+        try:
+            await self._kept()
+        except Left:  # the rows before these are kept, and these are placed: they are kept too
+            await keep()
+            raise
+        self._keeping = asyncio.create_task(keep())
+        self._keeping.add_done_callback(lambda task: ready.put_nowait(Kept(task)))
+
+    async def _kept(self) -> None:
+        """Wait until the rows of the last batch are kept: that goes on while the next one is placed.
+
+        Raises:
+            Left: from the job's checkpoint.
+        """
+        keeping, self._keeping = self._keeping, None
+        if keeping is not None:
+            await keeping
 
     async def _recognise(self, target: Target, parcel: Parcel) -> tuple[str, str, Copy | None] | None:
         """A message that is there already: its handle, how it came there, the row it replaces."""
