@@ -261,9 +261,7 @@ class Importer:
         try:
             folder = await self._source.open(folder)
         except Refused as error:
-            if is_temporary(error.status):
-                raise Temporary(str(error)) from None
-            self.counters.differs(folder.name, f"cannot be opened: {said(error.status)}")
+            self.counters.differs(folder.name, f"cannot be opened: {_for_good(error)}")
             return
         if row is not None and row.uid_validity != folder.uid_validity:
             # All UIDs are new. The old rows still say what is at the destination: `_recognise` pairs them.
@@ -422,7 +420,8 @@ class Importer:
             while isinstance(each := await reading.bodies.take(), Parcel):
                 self.counters.fetched_bytes += each.size
                 parcels.append(each)
-                if sum(parcel.size for parcel in parcels) > most:
+                most -= each.size
+                if most < 0:
                     raise Poisoned([parcel.message for parcel in parcels], "its sizes are not what it says")
         except Poisoned as error:
             await self._poisoned(error, reading)
@@ -723,7 +722,7 @@ class Importer:
                 try:
                     linked = await self._sink.link(first, list(from_there), name)
                 except Refused as error:
-                    self.counters.note(f"{name}: {said(error.status)}")
+                    self.counters.note(f"{name}: {_for_good(error)}")
             for handle, copy in from_there.items():
                 if handle in linked:
                     made.append(replace(copy, target_id=target.row.id, handle=linked[handle], how=LINKED))
@@ -755,7 +754,7 @@ class Importer:
                     ),
                 )
             except Refused as error:
-                self.counters.differs(name, f"flags of {len(changed)} messages: {said(error.status)}")
+                self.counters.differs(name, f"flags of {len(changed)} messages: {_for_good(error)}")
                 continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
@@ -897,6 +896,17 @@ class _Walk:
     flags: dict[str, list[tuple[Copy, tuple[str, ...]]]] = field(default_factory=dict)
     linked: set[tuple[int, int]] = field(default_factory=set)  # (UID, target), in this run
     is_whole: bool = True  # no message is without its place
+
+
+def _for_good(error: Refused) -> str:
+    """Why a server will not do something.
+
+    Raises:
+        Temporary: it may do it later.
+    """
+    if is_temporary(error.status):
+        raise Temporary(str(error)) from None
+    return said(error.status)
 
 
 def _is_unchanged(folder: Folder, before: SourceFolder) -> bool:
