@@ -29,10 +29,14 @@ from ksync_server.mailimport import records
 from ksync_server.store import schema
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
-from ksync_server.worker import tune_memory
 from tests.mailimport.harness import Desk, desk
 
 LEASE_S = 0.6  # a killed worker's import is taken over within 1.5 s
+_MALLOC = {  # as `worker.tune_memory` sets it in every process of the server
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "2",
+}
 _HOLDER = sa.select(t.job.c.worker).where(t.job.c.id == sa.bindparam("id_"))
 _ROWS = sa.select(sa.func.count()).select_from(t.mail_copy)
 
@@ -135,7 +139,7 @@ def office(
             stdout=subprocess.PIPE,
             stderr=log_file,
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
+            env={**os.environ, **_MALLOC, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'src'}"},
         )
     try:
         running = Office(folder, opened, parent)
@@ -161,7 +165,6 @@ def main(folder: Path) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who was killed is not waited for
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     log.configure(settings.Log(level="debug"))
-    tune_memory()  # as every process of the server does
     child = 0
     try:
         for line in sys.stdin:
