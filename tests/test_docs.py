@@ -102,8 +102,8 @@ def test_every_ksync_server_command_of_the_readme_exists() -> None:
     for line in re.findall(r"^ksync-server (.+)$", README, re.MULTILINE):
         command, *arguments = line.split("#")[0].split()
         found = main.get_command(context, command)
-        if isinstance(found, click.Group):
-            found = found.get_command(context, arguments[0])
+        while isinstance(found, click.Group):
+            found = found.get_command(context, arguments.pop(0))
         assert found is not None, line
         options = {option for parameter in found.params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("--")} <= options, line
