@@ -26,3 +26,18 @@ def test_a_mailbox_arrives_whole(database: Database, tmp_path: Path) -> None:
     assert report["checked"] == 60
     assert not source.violations
     assert not target.violations
+
+
+def test_empty_folders_arrive_too(database: Database, tmp_path: Path) -> None:
+    source, target = Server(corpus(3)), Server(Account())
+    source.account.create("Plans")
+    source.account.create("Plans/Next year")
+    with serving(source) as there, serving(target) as here:
+        ordered = desk(database, tmp_path)
+        report = ordered.do(there, here)
+        assert {"Plans", "Plans/Next year"} <= set(target.folders)
+        del target.folders["Plans"]
+        ordered.do(there, here, again=ordered.newest())
+        assert "Plans" not in target.folders  # its owner does not want it any more
+    assert (report["copied"], report["different"]) == (3, 0)
+    assert not target.violations

@@ -270,6 +270,11 @@ class Importer:
             row = None
         if row is None:
             row = await self._write(records.add_source, number, folder.name, folder.uid_validity)
+            if not folder.messages and route.target is not None:  # an empty folder is a folder too
+                try:
+                    await self._open_target(route.target)
+                except Refused as error:
+                    self.counters.differs(folder.name, f"cannot be made: {_for_good(error)}")
         is_whole = True
         if row.uid_next > 1 and _has_changed(folder, row):
             since = row.modseq if folder.modseq else 0
