@@ -25,6 +25,7 @@ NAMES = (
     "store_writes",
     "remembered",
     "refusal_timing",
+    "mail_import",
     "mail_import_more",
 )
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

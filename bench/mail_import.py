@@ -8,10 +8,7 @@ and is left out; notes/mail_import.md says how far it was behind mbsync where it
 
 from __future__ import annotations
 
-import hashlib
-import imaplib
 import os
-import re
 import resource
 import shutil
 import socket
@@ -19,12 +16,11 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from bench.measure import verdict
-from conformance import dovecot, mail_corpus
+from conformance import dovecot, mail_corpus, mailboxes
 from conformance.dovecot import PASSWORD, Dovecot
 from conformance.imap_server import syntax
 from ksync_server import settings
@@ -32,7 +28,6 @@ from ksync_server.store import schema
 from ksync_server.store.database import Database
 from tests.mailimport.harness import Desk, desk
 
-imaplib._MAXLINE = 10_000_000
 _SOURCE = "source@example.org"
 _MBSYNC = """
 IMAPAccount there
@@ -75,14 +70,14 @@ def main(count: int = 5000, rounds: int = 3) -> bool:
             dovecot.serving(folder / "there", idle=2) as there,
             dovecot.serving(folder / "here", idle=2) as here,
         ):
-            size = _fill(there, count)
-            expected = content(there, _SOURCE)
+            size = mailboxes.fill(there.port, _SOURCE, PASSWORD, mail_corpus.generate(count))
+            expected = mailboxes.content(there.port, _SOURCE, PASSWORD)
             print(f"{count} messages, {size / 1e6:.0f} MB, {len({key[0] for key in expected})} folders")
             return _rounds(folder, there, here, count, rounds, expected)
 
 
 def _rounds(
-    folder: Path, there: Dovecot, here: Dovecot, count: int, rounds: int, expected: Counter[object]
+    folder: Path, there: Dovecot, here: Dovecot, count: int, rounds: int, expected: mailboxes.Found
 ) -> bool:
     database = Database(settings.Database(url=f"sqlite:///{folder / 'ksync.db'}"))
     schema.migrate(database)
@@ -109,7 +104,8 @@ def _rounds(
                 f"{number:<6}{tool:<12}{count / seconds:>11,.0f}{client:>12.2f}{server:>12.2f}{client + server:>10.2f}"
             )
             if tool == "ours":
-                differences = sum((expected - content(here, user)).values())
+                arrived = mailboxes.content(here.port, user, PASSWORD)
+                differences = (expected - arrived).total() + (arrived - expected).total()
                 exact &= differences == 0
                 print(f"      compared: {differences} differences")
                 exact &= _second_pass(ordered, there, here)
@@ -133,52 +129,6 @@ def _rounds(
 def _own_cpu_s() -> float:
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _fill(server: Dovecot, count: int) -> int:
-    client = imaplib.IMAP4("127.0.0.1", server.port)
-    client.login(_SOURCE, PASSWORD)
-    made, size = set(), 0
-    for mail in mail_corpus.generate(count):
-        name = syntax.to_utf7("/".join(mail.folder)).decode()
-        if name not in made and name != "INBOX":
-            client.create(f'"{name}"')
-        made.add(name)
-        flags = f"({' '.join(sorted(mail.flags))})"
-        status, said = client.append(
-            f'"{name}"', flags, imaplib.Time2Internaldate(mail.internal_date), mail.body
-        )
-        assert status == "OK", said
-        size += len(mail.body)
-    client.logout()
-    return size
-
-
-_UID = re.compile(rb"UID (\d+)")
-_FLAGS = re.compile(rb"FLAGS \(([^)]*)\)")
-_DATE = re.compile(rb'INTERNALDATE "([^"]*)"')
-
-
-def content(server: Dovecot, user: str) -> Counter[tuple[object, ...]]:
-    """Everything in a mailbox, read by the standard library: folder, SHA-256, date, flags and keywords."""
-    client = imaplib.IMAP4("127.0.0.1", server.port)
-    client.login(user, PASSWORD)
-    found: Counter[tuple[object, ...]] = Counter()
-    _, names = client.list()
-    for line in names:
-        assert isinstance(line, bytes)
-        name = line.rpartition(b' "/" ')[2].decode()
-        quoted = name if name.startswith('"') else f'"{name}"'
-        if client.select(quoted, readonly=True)[0] != "OK":
-            continue
-        _, data = client.uid("FETCH", "1:*", "(UID FLAGS INTERNALDATE BODY.PEEK[])")
-        for each in data:
-            if isinstance(each, tuple):
-                flags = frozenset(_FLAGS.search(each[0])[1].split()) - {b"\\Recent"}  # type: ignore[index]
-                date = imaplib.Internaldate2tuple(each[0])
-                found[(name.strip('"'), hashlib.sha256(each[1]).digest(), time.mktime(date), flags)] += 1  # type: ignore[arg-type]
-    client.logout()
-    return found
 
 
 # -- the tools --------------------------------------------------------------------------------------
