@@ -194,7 +194,7 @@ def test_names_of_folders_that_escape_hide_or_break_lines(
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} <= {"deep", "spool"}
     if into == "maildir":
         assert list((tmp_path / "deep").iterdir()) == [root]
-        assert {path.parent for path in root.rglob("cur")} == set(root.glob(".*"))
+        assert {path.parent for path in root.rglob("cur")} == {root, *root.glob(".*")}
 
 
 def test_a_name_too_long_for_a_disk_costs_only_its_folder(lite: Database, tmp_path: Path) -> None:
