@@ -75,6 +75,11 @@ def _postgresql_now(element: Now, compiler: Any, **options: Any) -> str:
 # -- what handlers see ----------------------------------------------------------------------------
 
 
+def steady() -> float:
+    """Seconds that also go by while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class LeaseLost(KsyncError):
     """Another worker has taken the job; what this one still does about it must not be kept."""
 
@@ -123,6 +128,7 @@ class Job:
         self._leave = leave
         self._said: str | None = None
         self.kept: str | None = None  # the arguments that are left when it is done; None = all
+        self.ours_at = steady()  # when it was last sure to be ours
         self.is_unsaid = False  # what `progress` said is not written yet
 
     def checkpoint(self, state: object, effects: Callable[[Write], object] | None = None) -> None:
@@ -151,7 +157,9 @@ class Job:
                 effects(tx)
             return bool(row[0])
 
+        began = steady()
         self.cancelled = self.database.write(commit)
+        self.ours_at = began
         self.state, self.tries = json.loads(text), 1
         if self.cancelled:
             raise Cancelled
@@ -161,6 +169,20 @@ class Job:
     def progress(self, **fields: object) -> None:
         """Say to people how far it is, never a secret; replaces what was said, written within seconds."""
         self._said, self.is_unsaid = json.dumps(fields), True
+
+    def require_lease(self) -> None:
+        """To be called right before an effect outside of our store that cannot be taken back.
+
+        A worker that was stopped for a while does not know that another one has the job by now: a lease that
+        was not renewed for its own length counts as lost, well before neighbours take it over.
+
+        Raises:
+            LeaseLost: it was not.
+
+        Cost: a look at the clock.
+        """
+        if steady() - self.ours_at > self.claim.lease_s:
+            raise LeaseLost(self.claim.kind)
 
     def forget(self, **kept: object) -> None:
         """Leave only `kept` of the arguments in the row, from the moment that the job is done.
@@ -861,12 +883,13 @@ class Runner:
         if not active:
             return
         values = [job.values() for job in active]
+        began = steady()
         for job in active:
             job.is_unsaid = False
         rows = self._database.write(lambda tx: [tx.one(_RENEW, each) for each in values])
         for job, row in zip(active, rows, strict=True):
             if row is not None:
-                job.cancelled = bool(row[0])
+                job.cancelled, job.ours_at = bool(row[0]), began
 
     def _watch(self) -> None:
         """Count for how many ticks each lease of others has stood still; a tick without an answer is none."""
