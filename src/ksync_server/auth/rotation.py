@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -233,7 +234,7 @@ def _resealed(database: Database, ring: Keys, kind: str) -> tuple[int, int]:
             except ConfigError:
                 unopened += 1
         if fresh:
-            moved += database.write(lambda tx, fresh=fresh: _move(tx, kind, fresh))  # type: ignore[misc]
+            moved += database.write(partial(_move, kind=kind, fresh=fresh))
     return moved, unopened
 
 

@@ -279,13 +279,15 @@ def response(pieces: list[bytes | Literal]) -> Response:
         return fetched
     found = values([first[2:], *pieces[1:]])
     number = None
-    if found and isinstance(found[0], str) and is_number(found[0]):
-        number = int(found.pop(0))  # type: ignore[arg-type]
-    if not found or not isinstance(found[0], str):
+    name, *rest = found or [None]
+    if isinstance(name, str) and is_number(name):
+        number = int(name)
+        name, *rest = rest or [None]
+    if not isinstance(name, str):
         raise BadRequest(f"No answer of an IMAP server: {first[:40]!r}")
-    if number is not None and found[0].upper() == "FETCH" and len(found) == 2:
-        return Fetched(number, pairs(found[1]))
-    return Data(found[0].upper(), number, found[1:])
+    if number is not None and name.upper() == "FETCH" and len(rest) == 1:
+        return Fetched(number, pairs(rest[0]))
+    return Data(name.upper(), number, rest)
 
 
 def _plain(found: re.Match[bytes], pieces: list[bytes | Literal]) -> Fetched | None:
