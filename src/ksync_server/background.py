@@ -54,6 +54,9 @@ def periodic(services: Services, metrics: StoreMetrics | None = None) -> list[Pe
     def shorten_locks() -> None:
         services.database.write(lambda tx: locks.shorten(tx, int(time.time())))
 
+    def end_imports() -> None:
+        passes.end_abandoned(settings, services.database)
+
     def purge_deleted() -> None:
         while dav_collections.purge_deleted(services.database):
             pass
@@ -78,6 +81,7 @@ def periodic(services: Services, metrics: StoreMetrics | None = None) -> list[Pe
         Periodic("keys.reseal", 3600, lambda: rotation.reseal(services.database, services.keys)),
         Periodic("changes.prune", 86400, forget_deletions),
         Periodic("jobs.prune", 86400, lambda: jobs.prune(services.database, settings.jobs.keep_days)),
+        Periodic("mail.import-abandoned", 60, end_imports),
         Periodic("throttle.prune", 3600, lambda: throttle.prune(services.database, int(time.time()))),
     ]
 

@@ -16,6 +16,7 @@ from conformance.imap_server import (
     Account,
     Drop,
     GmailAccount,
+    No,
     Rule,
     Server,
 )
@@ -152,3 +153,23 @@ def test_gmails_daily_limit_pauses_an_import(lite: Database, tmp_path: Path) -> 
         assert "daily limit" in str(move.desk.job(move.number or 0)["progress"])
     assert source.statistics.body_bytes < 350_000
     assert len(source.statistics.logins) == 1
+
+
+def test_labels_that_the_destination_refused_to_copy_are_tried_in_the_next_pass(
+    lite: Database, tmp_path: Path
+) -> None:
+    account = GmailAccount()
+    for number in range(3):
+        account.put(BODY % (number, number), "\\Inbox", "Work")
+    source, target = Server(account, features=GMAIL), Server()
+    target.rules = [Rule(No("[CANNOT] not there"), "UID COPY", times=1)]
+    with moving(lite, tmp_path, source, target) as move:
+        report = move.go()
+        assert (report["copied"], report["linked"], report["different"]) == (3, 0, 3)
+        assert move.state == "incomplete"
+        report = move.go()
+        assert (report["copied"], report["linked"], report["different"]) == (0, 3, 0)
+    assert {name: len(folder.messages) for name, folder in target.folders.items() if folder.messages} == {
+        "INBOX": 3,
+        "Work": 3,
+    }

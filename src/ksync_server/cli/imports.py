@@ -355,12 +355,10 @@ def _mail_cancel(services: Services, number: int) -> Answer:
         imported = records.get(tx, number)
         if imported.state not in records.ACTIVE or imported.job_id is None:
             raise Conflict(f"Import {number} is {imported.state} already.")
-        state = jobs.cancel(tx, imported.job_id)
-        if state == "cancelled":
-            records.set_state(tx, number, "cancelled")
-        return state
+        return jobs.cancel(tx, imported.job_id)
 
     state = services.database.write(run)
+    passes.end_abandoned(services.settings, services.database)
     text = "is cancelled" if state == "cancelled" else "ends in a moment"
     return Answer({"id": number, "state": state}, f"Import {number} {text}.")
 

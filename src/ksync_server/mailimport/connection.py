@@ -14,9 +14,9 @@ import ssl
 import zlib
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from ksync_server import outbound
 from ksync_server import settings as configuration
@@ -256,7 +256,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._framer = imap.Framer(line_bytes=settings.line_bytes)
         self._pieces: list[bytes | Literal] = []
+        self._text = b""  # the last piece of text: what a literal that follows it is
         self._literal: bytearray | None = None  # a small one that is being read
+        self._held = 0  # bytes of small ones in the line that is being read
         self._left = 0  # of the literal that is being read
         self._streaming: Inlet | None = None
         self._pending: deque[Pending] = deque()
@@ -326,9 +328,10 @@ class Connection(asyncio.Protocol):
     def _read(self, data: bytes) -> None:
         for event in self._framer.feed(data):
             if isinstance(event, Text):
+                self._text = event.data
                 self._pieces.append(event.data)
                 if event.ends:
-                    pieces, self._pieces = self._pieces, []
+                    pieces, self._pieces, self._held = self._pieces, [], 0
                     self._answer(imap.response(pieces))
             elif isinstance(event, LiteralData):
                 self._literal_data(event.data)
@@ -337,17 +340,18 @@ class Connection(asyncio.Protocol):
         self.balance()
 
     def _literal_start(self, event: LiteralStart) -> None:
-        size, head = event.size, self._pieces[-1]
+        size, head = event.size, self._text
         oldest = self._pending[0] if self._pending else None
         self._left = size
         inlet = oldest.inlet if oldest is not None else None
-        if inlet is not None and inlet.bodies and _BODY.search(bytes(head)):  # type: ignore[arg-type]
+        if inlet is not None and inlet.bodies and _BODY.search(head):
             self._streaming = inlet
-            uid = _UID.search(bytes(head))  # type: ignore[arg-type]
+            uid = _UID.search(head)
             self._streaming.put(Start(size, int(uid[1]) if uid else None))
-        elif size > self._settings.line_bytes:
-            raise BadRequest(f"a literal of {size} bytes that nobody asked for")
         else:
+            self._held += size
+            if self._held > self._settings.line_bytes:
+                raise BadRequest(f"literals of {self._held} bytes that nobody asked for")
             self._literal = bytearray()
         if size == 0:
             self._literal_end()
@@ -742,6 +746,21 @@ def _context(server: Server) -> ssl.SSLContext:
         raise Permanent(f"{server.ca_file}: {error}") from None
 
 
+class _Ends(Protocol):
+    def abort(self) -> None: ...
+
+
+@contextlib.contextmanager
+def ending(what: _Ends) -> Iterator[None]:
+    """A block that does not come to its end, for whatever reason, cancellation and a job's leaving included,
+    ends what it works with: nobody would take the rest of the answers."""
+    try:
+        yield
+    except BaseException:
+        what.abort()
+        raise
+
+
 async def connect(
     server: Server,
     secret: str,
@@ -772,11 +791,8 @@ async def connect(
         except (Permanent, Temporary) as error:  # the next name, if there is one
             first = first or error
             continue
-        try:
+        with ending(made):
             await made.log_in(secret, utf8=utf8, compress=far)
-        except BaseException:
-            made.abort()
-            raise
         return made
     assert first is not None
     raise first
@@ -804,28 +820,23 @@ async def _reached(
         made = Connection(server, settings)
         began = loop.time()
         try:
-            async with asyncio.timeout(settings.connect_timeout_s):
-                await loop.create_connection(
-                    lambda made=made: made,
-                    address,
-                    server.port,
-                    ssl=context,
-                    server_hostname=server.host if context else None,
-                )
-                answered_s = loop.time() - began
-                await made.greet()
+            with ending(made):
+                async with asyncio.timeout(settings.connect_timeout_s):
+                    await loop.create_connection(
+                        lambda made=made: made,
+                        address,
+                        server.port,
+                        ssl=context,
+                        server_hostname=server.host if context else None,
+                    )
+                    answered_s = loop.time() - began
+                    await made.greet()
         except ssl.SSLCertVerificationError as error:
-            made.abort()
             raise Untrusted(f"{server.host} cannot be trusted: {error.verify_message}") from None
         except TimeoutError:
-            made.abort()
             last = Temporary(f"{server.host} does not answer within {settings.connect_timeout_s:.0f} s")
         except (OSError, ssl.SSLError) as error:
-            made.abort()
             last = Temporary(f"{server.host}: {error.strerror or error}")
-        except BaseException:
-            made.abort()
-            raise
         else:
             # On this machine compression costs more than it saves.
             return made, answered_s > _FAR_S and not is_loopback(address)

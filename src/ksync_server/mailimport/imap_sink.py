@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from ksync_server.errors import BadRequest, Temporary
 from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said, together
@@ -41,10 +41,16 @@ _LIST = 'LIST "" "*"'
 
 
 class ImapSink:
-    """See `sinks.Sink`."""
+    """See `sinks.Sink`.
 
-    def __init__(self, connection: Connection) -> None:
+    Args:
+        require_turn: raises LeaseLost where another worker may be at the same import by now; asked before the
+            last byte of what adds messages, because the server keeps it once that is there.
+    """
+
+    def __init__(self, connection: Connection, require_turn: Callable[[], None] = lambda: None) -> None:
         self._connection = connection
+        self._require_turn = require_turn
         self._selected = ""
         self._permitted: frozenset[str] | None = None  # keywords of the selected folder; None = any
         self.separator = "/"
@@ -59,6 +65,14 @@ class ImapSink:
     def commands(self) -> int:
         """See `Sink`."""
         return self._connection.commands
+
+    def uid(self, handle: str) -> int:
+        """See `Sink`."""
+        return int(handle)
+
+    def is_ours(self, handle: str, first_next: int) -> bool:
+        """See `Sink`."""
+        return int(handle) >= first_next
 
     async def begin(self) -> None:
         """Learn how names are made.
@@ -212,7 +226,7 @@ class ImapSink:
 
     # -- what is added ----------------------------------------------------------------------------
 
-    async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
+    async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         """See `Sink`.
 
         Spec: RFC 3502 §6.3.11: a message without a byte would cancel all that goes with it.
@@ -299,6 +313,7 @@ class ImapSink:
                 break
             await self._write(parcel)
         else:
+            self._require_turn()
             connection.write(b"\r\n")
         connection.flush()
         reply = await connection.answer(pending)
@@ -346,6 +361,7 @@ class ImapSink:
                 None if "UIDPLUS" in connection.capabilities else await self._status(connection.encoded(to))
             )
             for uids in imap.sequence_set(some):
+                self._require_turn()
                 try:
                     reply = await connection.ask("UID COPY", uids, connection.encoded(to))
                 except Refused as error:

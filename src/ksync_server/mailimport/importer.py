@@ -11,13 +11,13 @@ window grows with what a run has done, from little after a crash: what crashes c
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,13 @@ from ksync_server.mailimport import plan as plans
 from ksync_server.mailimport import records
 from ksync_server.mailimport.connection import Refused, is_temporary, said
 from ksync_server.mailimport.plan import Folder, Map, Options
-from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, THERE, Copy, SourceFolder, TargetFolder
-from ksync_server.mailimport.sinks import Held, Message, Parcel, Placed, Seen, Sink, Unmade, canonical
-from ksync_server.mailimport.source import Bodies, Poisoned, Source
+from ksync_server.mailimport.reading import Batch, Failed, Reader, Suspects, Window
+from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, Copy, SourceFolder, TargetFolder
+from ksync_server.mailimport.sinks import Message, Parcel, Placed, Seen, Sink, Unmade
+from ksync_server.mailimport.source import Source
+from ksync_server.mailimport.targets import Recognised, Target
 from ksync_server.store.database import Database, Write
 
-_FIRST_WINDOW = 3 << 20  # bytes; a wider one is hardly quicker
-_LEAST_WINDOW = 256 << 10  # the same after a crash
-_SHARE = 48  # then the window is one part in so many of what the run has done
-_BATCH = 200  # messages placed and recorded at once
-_REQUESTS = 2  # of bodies that are under way, so that the server never waits for us
 _SCAN_UIDS = 10_000  # asked about at once
 _LISTED = 200  # differences and refusals that a report names one by one
 
@@ -60,6 +57,10 @@ class Counters:
     differences: list[str] = field(default_factory=list)  # the first of them
     notes: list[str] = field(default_factory=list)
 
+    def kept(self) -> dict[str, Any]:
+        """As a checkpoint keeps them."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def note(self, text: str) -> None:
         """Say something once."""
         if text not in self.notes and len(self.notes) < _LISTED:
@@ -72,81 +73,6 @@ class Counters:
             self.different += 1
             if len(self.differences) < _LISTED:
                 self.differences.append(text)
-
-
-class Window:
-    """Bytes that are fetched, or asked for, and not recorded yet.
-
-    Args:
-        most: says how many there may be at most, which may change.
-        careful: there was a crash.
-    """
-
-    def __init__(self, most: Callable[[], int], *, careful: bool) -> None:
-        self._most = most
-        self._least = _LEAST_WINDOW if careful else _FIRST_WINDOW
-        self._used = 0
-        self._done = 0  # bytes recorded in this run
-        self._changed = asyncio.Event()
-
-    @property
-    def limit(self) -> int:
-        """How many there may be now."""
-        return min(self._most(), max(self._least, self._done // _SHARE))
-
-    @property
-    def used(self) -> int:
-        """How many there are."""
-        return self._used
-
-    def is_full_for(self, size: int) -> bool:
-        """Whether `enter` would wait."""
-        return bool(self._used) and self._used + size > self.limit
-
-    async def enter(self, size: int) -> None:
-        """Wait for room; one that is larger than the window goes alone."""
-        while self.is_full_for(size):
-            self._changed.clear()
-            await self._changed.wait()
-        self._used += size
-
-    def leave(self, size: int, *, done: int = 0) -> None:
-        """They are recorded, or will not come."""
-        self._used -= size
-        self._done += done
-        self._changed.set()
-
-
-@dataclass(slots=True)
-class Target:
-    """A folder of the destination in this run."""
-
-    name: str
-    row: TargetFolder
-    held: Held
-    strangers: dict[int, list[str]] = field(default_factory=dict)  # size -> handles without a row
-    dated: dict[int, list[str]] = field(default_factory=dict)  # time received -> handles that may be ours
-    digests: dict[str, bytes] = field(default_factory=dict)
-    retired: dict[bytes, list[Copy]] = field(default_factory=dict)  # by SHA-256
-    newest: int = 0  # UID of the newest copy in this run
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Messages that go to one folder together."""
-
-    target: str
-    parcels: tuple[Parcel, ...]
-    weight: int  # of the window
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A message that cannot be had, and why."""
-
-    message: Message
-    reason: str  # "" = it is gone
-    weight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,22 +114,28 @@ class Importer:
         self._sink = sink
         self._thread = thread
         state = job.state or {}
-        self._window = Window(window, careful=bool(state.get("crashes")))
         self.counters = Counters(**state.get("counters", {}))
-        self._failed_singly = bool(state.get("singly"))
-        self._settled: list[int] = list(
-            state.get("settled", [])
-        )  # folders done, where no mod-sequence says so
-        self._counted_bytes = self.counters.fetched_bytes  # that are in the account's day already
+        self._is_first_run = "counters" not in state
+        self._singly = bool(state.get("singly"))
+        self._settled: list[int] = list(state.get("settled", []))  # done, where no mod-sequence says so
+        self._window = Window(window, careful=bool(state.get("crashes")))
+        self._budget = f"{source.connection.server.host} {source.connection.server.user}"
+        self._reader = Reader(
+            source,
+            settings,
+            self._window,
+            sink.longest,
+            lambda: self._read(records.spent, self._budget),
+            singly=self._singly,
+        )
+        self._counted_bytes = 0  # of what the reader fetched: they are in the account's day
         self._keeping: asyncio.Task[None] | None = None
         self._targets: dict[str, Target] = {}
         self._known: dict[str, TargetFolder] = {}
         self._names: dict[int, str] = {}  # of targets
-        self._budget = f"{source.connection.server.host} {source.connection.server.user}"
         self._began = time.monotonic()
         self._total_bytes = 0  # to do, where the source says it
         self._is_by_message = False
-        self._is_first_run = job.state is None
 
     # -- the pass -----------------------------------------------------------------------------------
 
@@ -264,17 +196,18 @@ class Importer:
             self.counters.differs(folder.name, f"cannot be opened: {_for_good(error)}")
             return
         if row is not None and row.uid_validity != folder.uid_validity:
-            # All UIDs are new. The old rows still say what is at the destination: `_recognise` pairs them.
+            # All UIDs are new. The old rows still say what is at the destination: `Target` pairs them.
             old = row
             await self._write(records.retire_source, old, folder.name)
             row = None
         if row is None:
             row = await self._write(records.add_source, number, folder.name, folder.uid_validity)
-            if not folder.messages and route.target is not None:  # an empty folder is a folder too
-                try:
-                    await self._open_target(route.target)
-                except Refused as error:
-                    self.counters.differs(folder.name, f"cannot be made: {_for_good(error)}")
+        if not folder.messages and row.messages < 0 and route.target is not None:
+            try:  # an empty folder is a folder too
+                await self._open_target(route.target)
+            except Unmade as error:
+                self.counters.differs(folder.name, f"it cannot be made: {error}")
+                return
         is_whole = True
         if row.uid_next > 1 and _has_changed(folder, row):
             since = row.modseq if folder.modseq else 0
@@ -357,7 +290,9 @@ class Importer:
         """Fetch and place messages of one destination, the two at the same time."""
         target = await self._open_target(name)
         ready: asyncio.Queue[_Ready] = asyncio.Queue()
-        reader = asyncio.create_task(self._read_bodies(walk, name, messages, ready))
+        reader = asyncio.create_task(
+            self._reader.read(messages, partial(self._spool, walk.row.id), ready.put_nowait)
+        )
         try:
             while (each := await ready.get()) is not None:
                 if isinstance(each, Failed):
@@ -368,141 +303,24 @@ class Importer:
                     await self._kept()
             await self._kept()
             await reader  # what was fetched before a failure is placed by now
+        except Suspects:
+            self._singly = True
+            await self._commit(lambda tx: None)
+            raise
         finally:
             if self._keeping is not None:  # something else failed meanwhile
                 with suppress(KsyncError, Left):
                     await self._kept()
             if not reader.done():
                 reader.cancel()
-                with suppress(asyncio.CancelledError, RemoteError, Poisoned):
+                with suppress(asyncio.CancelledError, RemoteError):
                     await reader
 
-    async def _read_bodies(
-        self, walk: _Walk, name: str, messages: Sequence[Message], ready: asyncio.Queue[_Ready]
-    ) -> None:
-        longest = min(self._settings.message_bytes, self._sink.longest or self._settings.message_bytes)
-        at_once = 1 if self._failed_singly else _BATCH
-        reading = _Reading(name, ready, Bodies(self._source, self._settings))
-        some: list[Message] = []
-        weight = 0
-        try:
-            for message in messages:
-                if message.size > longest:
-                    text = f"it has {message.size} bytes, the most is {longest}"
-                    ready.put_nowait(Failed(message, text, 0))
-                elif message.size > self._settings.whole_bytes:
-                    await self._ask(reading, some)
-                    await self._drain(reading)
-                    some, weight = [], 0
-                    await self._take_long(reading, walk, message)
-                else:
-                    if some and (weight + message.size > self._window.limit // 4 or len(some) >= at_once):
-                        await self._ask(reading, some)
-                        some, weight = [], 0
-                    some.append(message)
-                    weight += message.size
-            await self._ask(reading, some)
-            await self._drain(reading)
-        finally:
-            ready.put_nowait(None)
-
-    async def _ask(self, reading: _Reading, messages: list[Message]) -> None:
-        if not messages:
-            return
-        weight = sum(message.size for message in messages)
-        await self._keep_to_the_pace(weight)
-        bodies = reading.bodies
-        while bodies.requests and (bodies.requests >= _REQUESTS or self._window.is_full_for(weight)):
-            await self._take(reading)
-        await self._window.enter(weight)
-        await bodies.ask(messages)
-
-    async def _take(self, reading: _Reading) -> None:
-        """Take what comes until a request is answered."""
-        most = max(self._window.limit, 4 * self._settings.whole_bytes)  # more only where sizes lie
-        parcels: list[Parcel] = []
-        try:
-            while isinstance(each := await reading.bodies.take(), Parcel):
-                self.counters.fetched_bytes += each.size
-                parcels.append(each)
-                most -= each.size
-                if most < 0:
-                    raise Poisoned([parcel.message for parcel in parcels], "its sizes are not what it says")
-        except Poisoned as error:
-            await self._poisoned(error, reading)
-            raise Temporary(f"the source cannot be read on: {error}") from None
-        finally:  # what came before a failure is kept
-            if parcels:
-                weight = sum(parcel.message.size for parcel in parcels)
-                reading.ready.put_nowait(Batch(reading.name, tuple(parcels), weight))
-        if each.refused is not None and is_temporary(each.refused):
-            raise Temporary(f"the source: {said(each.refused)}")
-        reading.missing += each.missing
-        self._window.leave(sum(message.size for message in each.missing))
-
-    async def _drain(self, reading: _Reading) -> None:
-        """Take all that was asked for; what did not come with the others is asked for alone."""
-        while reading.bodies.requests:
-            await self._take(reading)
-        missing, reading.missing = reading.missing, []
-        for message in missing:
-            await self._window.enter(message.size)
-            await reading.bodies.ask([message])
-            reason = "the server does not give it"
-            while isinstance(each := await reading.bodies.take(), Parcel):
-                self.counters.fetched_bytes += each.size
-                reading.ready.put_nowait(Batch(reading.name, (each,), each.message.size))
-            if not each.missing:
-                continue
-            if each.refused is not None:
-                if is_temporary(each.refused):
-                    raise Temporary(f"the source: {said(each.refused)}")
-                reason = said(each.refused)
-            is_there = await self._source.is_there(message.uid)
-            reading.ready.put_nowait(Failed(message, reason if is_there else "", message.size))
-
-    async def _poisoned(self, error: Poisoned, reading: _Reading) -> None:
-        if len(error.messages) == 1:
-            reading.ready.put_nowait(Failed(error.messages[0], str(error), 0))
-        else:
-            self._failed_singly = True  # the next run finds out which one it is
-            await self._commit(lambda tx: None)
-
-    async def _take_long(self, reading: _Reading, walk: _Walk, message: Message) -> None:
-        path = self._settings.spool / f"{self._import.id}-{walk.row.id}-{message.uid}"
-        weight = min(message.size, self._window.limit)  # so that few wait in files
-        await self._window.enter(weight)
-        await self._keep_to_the_pace(message.size)
-        reason = "the server does not give it"
-        try:
-            parcel = await self._source.spool(message, path)
-        except Poisoned as error:
-            await self._poisoned(error, reading)
-            path.unlink(missing_ok=True)
-            raise Temporary(f"the source cannot be read on: {error}") from None
-        except Refused as error:
-            if is_temporary(error.status):
-                raise Temporary(str(error)) from None
-            parcel, reason = None, said(error.status)
-        if parcel is not None:
-            self.counters.fetched_bytes += parcel.size
-            reading.ready.put_nowait(Batch(reading.name, (parcel,), weight))
-        else:
-            is_there = await self._source.is_there(message.uid)
-            reading.ready.put_nowait(Failed(message, reason if is_there else "", weight))
-
-    async def _keep_to_the_pace(self, size: int) -> None:
-        """Wait, or leave, so that neither the bandwidth nor the account's day is used up."""
-        if self._settings.bytes_s:
-            due_s = self._source.connection.received / self._settings.bytes_s
-            await asyncio.sleep(max(due_s - (time.monotonic() - self._began), 0))
-        daily = self._settings.daily_bytes
-        if self._source.is_gmail:
-            daily = min(daily or self._settings.gmail_daily_bytes, self._settings.gmail_daily_bytes)
-        if daily:
-            spent, rest_s = await self._read(records.spent, self._budget)
-            if spent and spent + self._window.used + size > daily:
-                raise DayIsOver(rest_s)
+    def _spool(self, source_id: int, message: Message) -> Path:
+        """The file of a long message while it comes; none of another boot, which may have holes after a crash
+        of the machine, and none from before a restore, which gives numbers again."""
+        told = f"{self._import.id}-{source_id}-{message.uid}-{self._database.generation}-{_boot()}"
+        return self._settings.spool / told
 
     # -- placing ------------------------------------------------------------------------------------
 
@@ -518,36 +336,30 @@ class Importer:
         elif row.uid_validity != held.uid_validity:
             raise Temporary(f"{name} was made anew at the destination")
         self._known[name], self._names[row.id] = row, name
-        self._targets[name] = target = Target(name, row, held)
-        await self._meet(target)
+        self._targets[name] = target = Target(name, row, self._sink)
+        strangers = []
+        if held.messages and held.uid_next > row.settled_next:
+            known = await self._read(records.handles, row.id)
+            found = await self._sink.strangers(name, row.settled_next)
+            strangers = [each for each in found if each.handle not in known]
+        target.meet(strangers, await self._read(records.retired, self._import.id, row.id))
         return target
-
-    async def _meet(self, target: Target) -> None:
-        """Messages of the destination that have no row: from before the import, or of a run that was cut."""
-        if target.held.messages and target.held.uid_next > target.row.settled_next:
-            known = await self._read(records.handles, target.row.id)
-            for each in await self._sink.strangers(target.name, target.row.settled_next):
-                if each.handle not in known:
-                    target.strangers.setdefault(each.size, []).append(each.handle)
-                    target.dated.setdefault(int(each.received.timestamp()), []).append(each.handle)
-        for copy in await self._read(records.retired, self._import.id, target.row.id):
-            target.retired.setdefault(copy.sha256, []).append(copy)
 
     async def _place(self, walk: _Walk, target: Target, batch: Batch, ready: asyncio.Queue[_Ready]) -> None:
         made: list[Copy] = []
         dropped: list[Copy] = []
         new: list[Parcel] = []
         for parcel in batch.parcels:
-            found = await self._recognise(target, parcel)
+            found = await target.recognise(parcel)
             if found is None:
                 new.append(parcel)
                 continue
-            handle, how, replaced = found
-            made.append(self._recognised(walk, target, parcel, handle, how, replaced))
-            if replaced is not None:
-                dropped.append(replaced)
-            self._count(how, 0)
-        for parcel, placed in zip(new, await self._sink.put(target.name, new) if new else (), strict=True):
+            made.append(self._recognised(walk, target, parcel, found))
+            if found.replaced is not None:
+                dropped.append(found.replaced)
+            self._count(found.how, 0)
+        put = await self._sink.put(target.name, new, walk.row.id) if new else ()
+        for parcel, placed in zip(new, put, strict=True):
             if isinstance(placed, Placed):
                 made.append(self._copied(walk, target, parcel, placed.handle, COPIED, placed.lost))
                 self._count(COPIED, parcel.size)
@@ -588,52 +400,6 @@ class Importer:
         if keeping is not None:
             await keeping
 
-    async def _recognise(self, target: Target, parcel: Parcel) -> tuple[str, str, Copy | None] | None:
-        """A message that is there already: its handle, how it came there, the row it replaces."""
-        paired = target.retired.get(parcel.sha256)
-        if paired:
-            old = paired.pop(0)
-            return old.handle, old.how, old
-        if not target.strangers:
-            return None
-        handles = target.strangers.get(parcel.size, ())
-        unknown = [handle for handle in handles if handle not in target.digests]
-        if unknown:
-            target.digests |= await self._sink.digests(target.name, unknown)
-        for handle in handles:
-            if target.digests.get(handle) == parcel.sha256:
-                self._met(target, handle)
-                return handle, self._came(target, handle), None
-        return await self._recognise_changed(target, parcel)
-
-    async def _recognise_changed(self, target: Target, parcel: Parcel) -> tuple[str, str, Copy | None] | None:
-        """The same for a destination that stores line ends or NUL bytes in its own way."""
-        handles = [
-            handle
-            for handle in target.dated.get(int(parcel.message.received.timestamp()), ())
-            if target.digests.get(handle) != parcel.sha256
-        ]
-        if not handles:
-            return None
-        wanted = await asyncio.to_thread(_canonical, parcel)
-        for handle, digest in (await self._sink.digests(target.name, handles, as_stored=True)).items():
-            if digest == wanted:
-                self._met(target, handle)
-                return handle, self._came(target, handle), None
-        return None
-
-    def _met(self, target: Target, handle: str) -> None:
-        for index in (target.strangers, target.dated):
-            for handles in index.values():
-                if handle in handles:
-                    handles.remove(handle)
-                    break
-
-    def _came(self, target: Target, handle: str) -> str:
-        """Whether a stranger was there before the import began."""
-        ours = int(handle) >= target.row.first_next if handle.isdigit() else f".K{self._import.id}U" in handle
-        return COPIED if ours else THERE
-
     def _copied(
         self,
         walk: _Walk,
@@ -657,12 +423,10 @@ class Importer:
             flags,
         )
 
-    def _recognised(
-        self, walk: _Walk, target: Target, parcel: Parcel, handle: str, how: str, replaced: Copy | None
-    ) -> Copy:
+    def _recognised(self, walk: _Walk, target: Target, parcel: Parcel, found: Recognised) -> Copy:
         """A row for a message that is there; flags of the source that it may not have are added."""
-        copy = self._copied(walk, target, parcel, handle, how)
-        copy = replace(copy, flags=replaced.flags if replaced is not None else ())
+        copy = self._copied(walk, target, parcel, found.handle, found.how)
+        copy = replace(copy, flags=() if found.replaced is None else found.replaced.flags)
         if copy.flags != parcel.message.flags:
             walk.flags.setdefault(target.name, []).append((copy, parcel.message.flags))
         return copy
@@ -714,12 +478,12 @@ class Importer:
                 if copy is None or any(each.target_id == target.row.id for each in copies):
                     continue
                 parcel = Parcel(message, copy.size, copy.sha256)
-                found = await self._recognise(target, parcel)
+                found = await target.recognise(parcel)
                 if found is not None:
-                    handle, how, replaced = found
-                    how = LINKED if how == COPIED else how  # by a run that was cut
-                    made.append(self._recognised(walk, target, parcel, handle, how, replaced))
-                    self._count(how, 0)
+                    if found.how == COPIED:  # by a run that was cut
+                        found = replace(found, how=LINKED)
+                    made.append(self._recognised(walk, target, parcel, found))
+                    self._count(found.how, 0)
                 else:
                     from_there[copy.handle] = copy
             linked: Mapping[str, str] = {}
@@ -728,6 +492,7 @@ class Importer:
                     linked = await self._sink.link(first, list(from_there), name)
                 except Refused as error:
                     self.counters.note(f"{name}: {_for_good(error)}")
+            walk.is_whole &= len(linked) == len(from_there)
             for handle, copy in from_there.items():
                 if handle in linked:
                     made.append(replace(copy, target_id=target.row.id, handle=linked[handle], how=LINKED))
@@ -738,9 +503,9 @@ class Importer:
             if made:
                 rows = tuple(made)
                 await self._commit(records.add_copies, rows)
-            missing = [copy for handle, copy in from_there.items() if handle not in linked]
-            for copy in missing[:_LISTED]:
-                self.counters.differs(name, f"UID {copy.uid} of the source could not be added")
+            for handle, copy in from_there.items():
+                if handle not in linked:
+                    self.counters.differs(name, f"UID {copy.uid} of the source could not be added")
 
     async def _flags(self, walk: _Walk) -> None:
         """Carry what changed at the source, and leave what the destination's owner changed."""
@@ -760,6 +525,7 @@ class Importer:
                 )
             except Refused as error:
                 self.counters.differs(name, f"flags of {len(changed)} messages: {_for_good(error)}")
+                walk.is_whole = False
                 continue
             self.counters.flags += len(changed)
             await self._commit(records.carry_flags, changed)
@@ -782,7 +548,7 @@ class Importer:
             name = self._names[target_id]
             found = {handle: seen async for handle, seen in self._sink.look(name, wanted)}
             if target := self._targets.get(name):
-                target.newest = max([target.newest, *(int(handle) for handle in found if handle.isdigit())])
+                target.newest = max([target.newest, *map(self._sink.uid, found)])
             again = {}
             for handle, copy in wanted.items():
                 seen = found.get(handle)
@@ -804,20 +570,17 @@ class Importer:
 
     # -- rows ---------------------------------------------------------------------------------------
 
-    def counted(self) -> dict[str, Any]:
-        """The counters as a checkpoint keeps them."""
-        return {name: getattr(self.counters, name) for name in Counters.__slots__}
-
     async def _commit(self, effects: Callable[..., object], *arguments: object) -> None:
         """Rows, counters, and the lease, in one transaction."""
-        fetched = self.counters.fetched_bytes - self._counted_bytes
+        fetched = self._reader.fetched_bytes - self._counted_bytes
         self._counted_bytes += fetched
+        self.counters.fetched_bytes += fetched
         state = {
             **(self._job.state or {}),
             "is_running": True,
-            "counters": self.counted(),
+            "counters": self.counters.kept(),
             "settled": self._settled,
-            "singly": self._failed_singly,
+            "singly": self._singly,
         }
         self._progress()
 
@@ -855,24 +618,6 @@ class Importer:
             return fn(tx, *arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._database.write, write)
-
-
-class DayIsOver(RemoteError):
-    """The account's bytes of today are used up."""
-
-    def __init__(self, wait_s: int) -> None:
-        super().__init__("the daily limit of the source is reached")
-        self.wait_s = wait_s
-
-
-@dataclass(slots=True)
-class _Reading:
-    """Bodies on their way to one folder."""
-
-    name: str
-    ready: asyncio.Queue[_Ready]
-    bodies: Bodies
-    missing: list[Message] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -943,12 +688,7 @@ def _moment(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S %z}"
 
 
-def _canonical(parcel: Parcel) -> bytes:
-    hashed = hashlib.sha256()
-    for piece in parcel.pieces:
-        hashed.update(canonical(piece))
-    if parcel.file is not None:
-        with Path(parcel.file).open("rb") as file:
-            while data := file.read(1 << 20):
-                hashed.update(canonical(data))
-    return hashed.digest()
+@lru_cache(maxsize=1)
+def _boot() -> str:
+    """A name for this run of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

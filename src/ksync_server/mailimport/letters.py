@@ -46,11 +46,9 @@ def _tell_batch(tx: Write, mail: configuration.Mail, batch_id: int) -> None:
         .values(ended_at=None)
         .returning(c.name, c.notify)
     ).first()
-    if row is None:
+    if row is None or records.is_under_way(tx, batch_id):
         return
     imports = records.list_imports(tx, batch=batch_id, limit=100_000)
-    if any(each.state in records.ACTIVE for each in imports):
-        return
     records.end_batch(tx, batch_id)
     if mail.relay and row.notify:
         text = "\n".join(_wrapped(batch_words(row.name, imports)))

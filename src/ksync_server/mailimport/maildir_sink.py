@@ -125,6 +125,14 @@ class MaildirSink:
 
     # -- folders ----------------------------------------------------------------------------------
 
+    def uid(self, handle: str) -> int:
+        """See `Sink`; UIDs are Dovecot's."""
+        return 0
+
+    def is_ours(self, handle: str, first_next: int) -> bool:
+        """See `Sink`."""
+        return f".K{self._tag}F" in handle
+
     async def places(self) -> list[Place]:
         """See `Sink`."""
         return [Place(name, frozenset()) for name in await self._off(self._names)]
@@ -270,22 +278,22 @@ class MaildirSink:
 
     # -- what is added ----------------------------------------------------------------------------
 
-    async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
+    async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         """See `Sink`."""
-        return await self._off(self._put, name, parcels)
+        return await self._off(self._put, name, parcels, origin)
 
-    def _put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
+    def _put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         folder, files = self._folder(name), self._listed(name)
         letters, lost = self._letters(name, {flag for parcel in parcels for flag in parcel.message.flags})
         placed: list[Placed | Unwanted] = []
-        new = sum(parcel.size for parcel in parcels if self._handle(parcel) not in files)
+        new = sum(parcel.size for parcel in parcels if self._handle(parcel, origin) not in files)
         if self._quota is not None:
             if self._in_use() + new > self._quota:
                 raise Full(f"the mailbox may have {self._quota / 1e6:.0f} MB, and they are used")
             self._used = self._in_use() + new
         for parcel in parcels:
             message = parcel.message
-            handle = self._handle(parcel)
+            handle = self._handle(parcel, origin)
             if handle not in files:
                 suffix = "".join(sorted(letters[flag] for flag in message.flags if flag in letters))
                 part = folder / "tmp" / handle
@@ -299,12 +307,12 @@ class MaildirSink:
         _flush(folder / "cur")
         return placed
 
-    def _handle(self, parcel: Parcel) -> str:
+    def _handle(self, parcel: Parcel, origin: int) -> str:
         """A name that is this message's in this folder, however often it is written."""
         message = parcel.message
         at = max(int(message.received.timestamp()), 0)
         host = socket.gethostname().replace("/", "\\057").replace(":", "\\072").replace(",", "_")[:60]
-        return f"{at}.K{self._tag}U{message.uid}H{parcel.sha256[:6].hex()}.{host},S={parcel.size}"
+        return f"{at}.K{self._tag}F{origin}U{message.uid}H{parcel.sha256[:6].hex()}.{host},S={parcel.size}"
 
     async def link(self, name: str, handles: Sequence[str], to: str) -> Mapping[str, str]:
         """See `Sink`; a hard link, so the bytes are there once."""

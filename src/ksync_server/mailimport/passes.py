@@ -32,15 +32,16 @@ from ksync_server.errors import BadRequest, NotFound, Permanent, RemoteError
 from ksync_server.jobs import Cancelled, Job, Yielded
 from ksync_server.mail import dovecot
 from ksync_server.mailimport import letters, records
-from ksync_server.mailimport.connection import Server, connect
+from ksync_server.mailimport.connection import Server, connect, ending
 from ksync_server.mailimport.imap_sink import ImapSink
-from ksync_server.mailimport.importer import Counters, DayIsOver, Importer
+from ksync_server.mailimport.importer import Counters, Importer
 from ksync_server.mailimport.maildir_sink import MaildirSink
 from ksync_server.mailimport.plan import Folder, Map, Options, is_sane
+from ksync_server.mailimport.reading import DayIsOver
 from ksync_server.mailimport.sinks import Sink
 from ksync_server.mailimport.source import Source
 from ksync_server.networks import Networks
-from ksync_server.store.database import Database, Write
+from ksync_server.store.database import Database, Read, Write
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +116,12 @@ class Passes:
                 imported = records.get(tx, job.arguments["import"])
         except NotFound:
             return  # it went with its mailbox
-        if imported.job_id != job.id or imported.state in records.ENDED:
-            return  # a run that ended it was cut before the job's end was written
+        if imported.job_id != job.id:
+            return
+        if imported.state in records.ENDED:  # the run that ended it was cut before the job's end was written
+            if imported.state == "failed":
+                raise Permanent((imported.report or {}).get("problem") or "the import has failed")
+            return
         state = dict(job.state or {})
         if state.pop("is_running", False):  # nobody said that the last run ended
             state["crashes"] = state.get("crashes", 0) + 1
@@ -248,23 +253,9 @@ class _Run:
 
     def report(self, problem: str = "") -> dict[str, Any]:
         """What the pass has done so far."""
-        counters = (self._job.state or {}).get("counters") or {
-            name: field.default for name, field in Counters.__dataclass_fields__.items() if name not in _LISTS
-        } | {name: [] for name in _LISTS}
         with self._database.read() as tx:
-            refused = records.refused(tx, self._import.id)
-            counts = records.counts(tx, self._import.id)
-        return {
-            **counters,
-            "refused": len(refused),
-            "problem": problem,
-            "seconds": round(time.time() - self._began, 1),
-            "folders": _by_folder(counts),
-            "refusals": [
-                {"folder": folder, "uid": uid, "bytes": size, "received_at": at, "reason": reason}
-                for folder, uid, size, at, reason in refused[:_REFUSALS]
-            ],
-        }
+            report = _report(tx, self._import.id, self._job.state, problem)
+        return {**report, "seconds": round(time.time() - self._began, 1)}
 
     async def run(self) -> dict[str, Any]:
         """Connect, copy, and report.
@@ -276,7 +267,7 @@ class _Run:
         options = msgspec.convert(self._import.options, Options)
         with ThreadPoolExecutor(1, thread_name_prefix="import-rows") as thread:
             source = await self._source()
-            try:
+            with ending(source.connection):
                 secret = self._open(TARGET)
                 sink = await open_sink(
                     self._settings,
@@ -284,15 +275,10 @@ class _Run:
                     secret,
                     tag=str(self._import.id),
                     mailbox=self._mailbox,
+                    require_turn=self._job.require_lease,
                 )
-                try:
+                with ending(sink):
                     report = await self._copy(options, source, sink, thread)
-                except BaseException:
-                    sink.abort()
-                    raise
-            except BaseException:
-                source.connection.abort()
-                raise
             await sink.close()
             await source.connection.close()
             return report
@@ -312,7 +298,7 @@ class _Run:
         return report
 
     def _finished(self, importer: Importer) -> dict[str, Any]:
-        self._job.state = {**(self._job.state or {}), "counters": importer.counted()}
+        self._job.state = {**(self._job.state or {}), "counters": importer.counters.kept()}
         return self.report()
 
     async def _name_refused(self, source: Source, report: dict[str, Any]) -> None:
@@ -343,8 +329,49 @@ class _Run:
         return self._keys.open(self._job.secret(name)).decode("utf-8")
 
 
-_LISTS = ("differences", "notes")
 _REFUSALS = 1000  # named one by one
+
+
+def _report(tx: Read, number: int, state: Any, problem: str = "") -> dict[str, Any]:
+    """What a pass came to, from its rows and the state of its job."""
+    counters = Counters(**(state or {}).get("counters", {}))
+    refused = records.refused(tx, number)
+    return {
+        **counters.kept(),
+        "refused": len(refused),
+        "problem": problem,
+        "folders": _by_folder(records.counts(tx, number)),
+        "refusals": [
+            {"folder": folder, "uid": uid, "bytes": size, "received_at": at, "reason": reason}
+            for folder, uid, size, at, reason in refused[:_REFUSALS]
+        ],
+    }
+
+
+def end_abandoned(settings: configuration.Settings, database: Database) -> None:
+    """End imports whose job ended without them: cancelled while it waited, or given up by the job worker.
+
+    Until then their batch would wait for them, and nobody be told.
+    """
+    with database.read() as tx:
+        found = records.abandoned(tx)
+    for number, job_id in found:
+
+        def end(tx: Write, number: int = number, job_id: int = job_id) -> None:
+            imported = records.get(tx, number)
+            if imported.job_id != job_id or imported.state not in records.ACTIVE:
+                return  # another node was quicker, or it goes on
+            try:
+                job = jobs.get_job(tx, job_id)
+            except NotFound:  # forgotten by now
+                job = {"state": "failed", "last_error": None, "checkpoint": None}
+            state = "cancelled" if job["state"] == "cancelled" else "failed"
+            problem = "It was cancelled." if state == "cancelled" else str(job["last_error"] or "unknown")
+            report = {**_report(tx, number, job["checkpoint"], problem), "seconds": 0}
+            records.end(tx, number, state, report)
+            letters.tell(tx, settings.mail, imported, state, report)
+
+        database.write(end)
 
 
 def _counted(state: Any) -> tuple[int, int]:
@@ -380,12 +407,14 @@ async def open_sink(
     *,
     tag: str = "",
     mailbox: Mailbox | None = None,
+    require_turn: Callable[[], None] = lambda: None,
 ) -> Sink:
     """The destination of an import.
 
     Args:
         tag: of the import, for the names of files.
         mailbox: where it is one of ours.
+        require_turn: as `ImapSink` takes it.
 
     Raises:
         RemoteError: it cannot be reached, or does not let us in.
@@ -399,10 +428,7 @@ async def open_sink(
         return MaildirSink(root, tag, escaped=True, quota_bytes=mailbox.quota_bytes, owner=given)
     server = msgspec.convert(target["server"], Server)
     connection = await connect(server, secret, settings.mail_import, _networks(settings))
-    sink = ImapSink(connection)
-    try:
+    sink = ImapSink(connection, require_turn)
+    with ending(sink):
         await sink.begin()
-    except BaseException:
-        connection.abort()
-        raise
     return sink

@@ -106,6 +106,14 @@ _IMPORT = sa.select(
     *(_import.c[name] for name in Import.__dataclass_fields__),
 )
 _ONE_IMPORT = _IMPORT.where(_import.c.id == sa.bindparam("id_"))
+_is_active = sa.or_(*(_import.c.state == state for state in ACTIVE))
+_ABANDONED = (
+    sa.select(_import.c.id, _import.c.job_id)
+    .select_from(_import.outerjoin(t.job, t.job.c.id == _import.c.job_id))
+    .where(_is_active, _import.c.job_id.is_not(None))
+    .where(sa.or_(t.job.c.id.is_(None), t.job.c.ended_at.is_not(None)))
+)
+_OF_BATCH = sa.select(_import.c.id).where(_import.c.batch_id == sa.bindparam("batch_"), _is_active).limit(1)
 _SOURCES = sa.select(
     _source.c.name,
     _source.c.id,
@@ -187,7 +195,20 @@ def list_imports(tx: Read, *, batch: int | None = None, limit: int = 100) -> lis
 
 def active(tx: Read) -> set[int]:
     """The numbers of the imports that have not ended."""
-    return {row[0] for row in tx.execute(sa.select(_import.c.id).where(_import.c.state.in_(ACTIVE)))}
+    return {row[0] for row in tx.execute(sa.select(_import.c.id).where(_is_active))}
+
+
+def abandoned(tx: Read) -> list[tuple[int, int]]:
+    """Imports that have not ended although their pass's job has, or is not there any more: both numbers."""
+    return [(number, job_id) for number, job_id in tx.fast(_ABANDONED)]
+
+
+def is_under_way(tx: Read, batch: int) -> bool:
+    """Whether an import of a batch has not ended.
+
+    Cost: one indexed look.
+    """
+    return bool(tx.fast(_OF_BATCH, {"batch_": batch}))
 
 
 def create(

@@ -119,6 +119,12 @@ class Sink(Protocol):
     def commands(self) -> int:
         """How many it was asked so far."""
 
+    def uid(self, handle: str) -> int:
+        """The UID of a message; 0 where messages have none."""
+
+    def is_ours(self, handle: str, first_next: int) -> bool:
+        """Whether a message came since the import first saw its folder, whose next UID was that then."""
+
     async def places(self) -> list[Place]:
         """The folders that are there."""
 
@@ -144,10 +150,14 @@ class Sink(Protocol):
     ) -> Mapping[str, bytes]:
         """SHA-256 of messages, or of what `canonical` leaves of them; those that are gone are missing."""
 
-    async def put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
+    async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         """Add messages with their flags and dates.
 
+        Args:
+            origin: row of the source's folder: with its UID it names a message for good.
+
         Raises:
+            LeaseLost: another worker may be at it by now; nothing of it is there.
             Full: there is no room.
             RemoteError: the destination failed; what it took is found by `strangers`.
         """

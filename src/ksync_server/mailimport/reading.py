@@ -1,0 +1,277 @@
+"""Bodies of the source, fetched ahead of what is placed: how much at once, and what of those that fail.
+
+    Reader.read -> requests under way -> Batch | Failed ... -> None
+
+What came before a failure is handed on before the failure is raised, so nothing is fetched twice for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksync_server import settings as configuration
+from ksync_server.errors import RemoteError, Temporary
+from ksync_server.mailimport.connection import Refused, is_temporary, said
+from ksync_server.mailimport.sinks import Message, Parcel
+from ksync_server.mailimport.source import Bodies, Poisoned, Source
+from ksync_server.wire.imap import Status
+
+_FIRST_WINDOW = 3 << 20  # bytes; a wider one is hardly quicker
+_LEAST_WINDOW = 256 << 10  # the same after a crash
+_SHARE = 48  # then the window is one part in so many of what the run has done
+_BATCH = 200  # messages asked for at once
+_REQUESTS = 2  # that are under way, so that the server never waits for us
+
+
+class DayIsOver(RemoteError):
+    """The account's bytes of today are used up."""
+
+    def __init__(self, wait_s: int) -> None:
+        super().__init__("the daily limit of the source is reached")
+        self.wait_s = wait_s
+
+
+class Suspects(Temporary):
+    """One of several messages cannot be read: the next run must ask for them one by one."""
+
+
+class Window:
+    """Bytes that are fetched, or asked for, and not recorded yet.
+
+    Args:
+        most: says how many there may be at most, which may change.
+        careful: there was a crash.
+    """
+
+    def __init__(self, most: Callable[[], int], *, careful: bool) -> None:
+        self._most = most
+        self._least = _LEAST_WINDOW if careful else _FIRST_WINDOW
+        self._used = 0
+        self._done = 0  # bytes recorded in this run
+        self._changed = asyncio.Event()
+
+    @property
+    def limit(self) -> int:
+        """How many there may be now."""
+        return min(self._most(), max(self._least, self._done // _SHARE))
+
+    @property
+    def used(self) -> int:
+        """How many there are."""
+        return self._used
+
+    def is_full_for(self, size: int) -> bool:
+        """Whether `enter` would wait."""
+        return bool(self._used) and self._used + size > self.limit
+
+    async def enter(self, size: int) -> None:
+        """Wait for room; one that is larger than the window goes alone."""
+        while self.is_full_for(size):
+            self._changed.clear()
+            await self._changed.wait()
+        self._used += size
+
+    def leave(self, size: int, *, done: int = 0) -> None:
+        """They are recorded, or will not come."""
+        self._used -= size
+        self._done += done
+        self._changed.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Messages that came together."""
+
+    parcels: tuple[Parcel, ...]
+    weight: int  # of the window
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A message that cannot be had, and why."""
+
+    message: Message
+    reason: str  # "" = it is gone
+    weight: int
+
+
+Put = Callable[[Batch | Failed | None], None]  # None: nothing more comes
+
+
+class Reader:
+    """Reads the bodies of one run.
+
+    Args:
+        longest: message that the destination takes, in bytes.
+        spent: bytes of the account's day that are counted, and the seconds until it starts anew.
+        singly: one message is asked for at a time, to find the one that cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        settings: configuration.MailImport,
+        window: Window,
+        longest: int | None,
+        spent: Callable[[], Awaitable[tuple[int, int]]],
+        *,
+        singly: bool,
+    ) -> None:
+        self.fetched_bytes = 0
+        self._singly = singly
+        self._source = source
+        self._settings = settings
+        self._window = window
+        self._longest = min(settings.message_bytes, longest or settings.message_bytes)
+        self._spent = spent
+        self._began = time.monotonic()
+
+    async def read(self, messages: Sequence[Message], spool: Callable[[Message], Path], put: Put) -> None:
+        """Fetch messages of the open folder; whatever happens, `put` is given None at the end.
+
+        Args:
+            spool: gives a long message its file.
+
+        Raises:
+            DayIsOver: no more today.
+            Suspects: see there.
+            RemoteError: the server failed.
+        """
+        bodies = Bodies(self._source, self._settings)
+        missing: list[Message] = []
+        some: list[Message] = []
+        weight = 0
+        try:
+            for message in messages:
+                if message.size > self._longest:
+                    text = f"it has {message.size} bytes, the most is {self._longest}"
+                    put(Failed(message, text, 0))
+                elif message.size > self._settings.whole_bytes:
+                    await self._ask(bodies, some, missing, put)
+                    await self._drain(bodies, missing, put)
+                    some, weight = [], 0
+                    await self._take_long(message, spool(message), put)
+                else:
+                    most = 1 if self._singly else _BATCH
+                    if some and (weight + message.size > self._window.limit // 4 or len(some) >= most):
+                        await self._ask(bodies, some, missing, put)
+                        some, weight = [], 0
+                    some.append(message)
+                    weight += message.size
+            await self._ask(bodies, some, missing, put)
+            await self._drain(bodies, missing, put)
+        finally:
+            put(None)
+
+    async def _ask(
+        self,
+        bodies: Bodies,
+        messages: list[Message],
+        missing: list[Message],
+        put: Put,
+    ) -> None:
+        if not messages:
+            return
+        weight = sum(message.size for message in messages)
+        await self._keep_to_the_pace(weight)
+        while bodies.requests and (bodies.requests >= _REQUESTS or self._window.is_full_for(weight)):
+            missing += await self._take(bodies, put)
+        await self._window.enter(weight)
+        await bodies.ask(messages)
+
+    async def _take(self, bodies: Bodies, put: Put) -> tuple[Message, ...]:
+        """Take what comes until a request is answered; those that did not come."""
+        most = max(self._window.limit, 4 * self._settings.whole_bytes)  # more only where sizes lie
+        parcels: list[Parcel] = []
+        try:
+            while isinstance(each := await bodies.take(), Parcel):
+                self.fetched_bytes += each.size
+                parcels.append(each)
+                most -= each.size
+                if most < 0:
+                    raise Poisoned([parcel.message for parcel in parcels], "its sizes are not what it says")
+        except Poisoned as error:
+            raise self._poisoned(error, put) from None
+        finally:  # what came before a failure is kept
+            if parcels:
+                put(Batch(tuple(parcels), sum(parcel.message.size for parcel in parcels)))
+        if each.refused is not None:
+            _require_of_a_message(each.refused)
+        self._window.leave(sum(message.size for message in each.missing))
+        return each.missing
+
+    async def _drain(self, bodies: Bodies, missing: list[Message], put: Put) -> None:
+        """Take all that was asked for; what did not come with the others is asked for alone."""
+        while bodies.requests:
+            missing += await self._take(bodies, put)
+        for message in missing:
+            await self._window.enter(message.size)
+            await bodies.ask([message])
+            reason = "the server does not give it"
+            while isinstance(each := await bodies.take(), Parcel):
+                self.fetched_bytes += each.size
+                put(Batch((each,), each.message.size))
+            if not each.missing:
+                continue
+            if each.refused is not None:
+                _require_of_a_message(each.refused)
+                reason = said(each.refused)
+            is_there = await self._source.is_there(message.uid)
+            put(Failed(message, reason if is_there else "", message.size))
+        missing.clear()
+
+    def _poisoned(self, error: Poisoned, put: Put) -> Temporary:
+        if len(error.messages) > 1:
+            return Suspects(f"the source cannot be read on: {error}")
+        put(Failed(error.messages[0], str(error), 0))
+        return Temporary(f"the source cannot be read on: {error}")
+
+    async def _take_long(self, message: Message, path: Path, put: Put) -> None:
+        weight = min(message.size, self._window.limit)  # so that few wait in files
+        await self._window.enter(weight)
+        await self._keep_to_the_pace(message.size)
+        reason = "the server does not give it"
+        parcel = None
+        try:
+            parcel = await self._source.spool(message, path)
+        except Poisoned as error:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+            raise self._poisoned(error, put) from None
+        except Refused as error:
+            _require_of_a_message(error.status)
+            reason = said(error.status)
+        if parcel is not None:
+            self.fetched_bytes += parcel.size
+            put(Batch((parcel,), weight))
+        else:
+            is_there = await self._source.is_there(message.uid)
+            put(Failed(message, reason if is_there else "", weight))
+
+    async def _keep_to_the_pace(self, size: int) -> None:
+        """Wait, or leave, so that neither the bandwidth nor the account's day is used up."""
+        if self._settings.bytes_s:
+            due_s = self._source.connection.received / self._settings.bytes_s
+            await asyncio.sleep(max(due_s - (time.monotonic() - self._began), 0))
+        daily = self._settings.daily_bytes
+        if self._source.is_gmail:
+            daily = min(daily or self._settings.gmail_daily_bytes, self._settings.gmail_daily_bytes)
+        if daily:
+            spent, rest_s = await self._spent()
+            if spent and spent + self._window.used + size > daily:
+                raise DayIsOver(rest_s)
+
+
+def _require_of_a_message(status: Status) -> None:
+    """A refused body is the message's matter, unless the server says that it will do better later.
+
+    SERVERBUG is no such promise: Dovecot says it of each message that it cannot read, for ever.
+
+    Raises:
+        Temporary: it will.
+    """
+    if is_temporary(status) and status.code != "SERVERBUG":
+        raise Temporary(f"the source: {said(status)}")
