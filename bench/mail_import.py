@@ -8,19 +8,16 @@ and is left out; notes/mail_import.md says how far it was behind mbsync where it
 
 from __future__ import annotations
 
-import os
 import resource
-import shutil
 import socket
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from bench.measure import verdict
-from conformance import dovecot, mail_corpus, mailboxes
+from conformance import dovecot, mail_corpus, mailboxes, mbsync
 from conformance.dovecot import PASSWORD, Dovecot
 from conformance.imap_server import syntax
 from ksync_server import settings
@@ -29,36 +26,6 @@ from ksync_server.store.database import Database
 from tests.mailimport.harness import Desk, desk
 
 _SOURCE = "source@example.org"
-_MBSYNC = """
-IMAPAccount there
-Host 127.0.0.1
-Port {there}
-User {source}
-Pass {password}
-SSLType None
-
-IMAPAccount here
-Host 127.0.0.1
-Port {here}
-User {user}
-Pass {password}
-SSLType None
-
-IMAPStore there
-Account there
-
-IMAPStore here
-Account here
-
-Channel all
-Far :there:
-Near :here:
-Patterns *
-Create Near
-Sync Pull
-CopyArrivalDate yes
-SyncState {state}/
-"""
 
 
 def main(count: int = 5000, rounds: int = 3) -> bool:
@@ -163,15 +130,8 @@ def _second_pass(ordered: Desk, there: Dovecot, here: Dovecot) -> bool:
 
 
 def _mbsync(folder: Path, there: Dovecot, here: Dovecot, user: str) -> None:
-    state = folder / f"state-{user}"
-    state.mkdir()
-    config = folder / f"{user}.rc"
-    values = {"there": there.port, "here": here.port, "source": _SOURCE, "user": user}
-    config.write_text(_MBSYNC.format(**values, password=PASSWORD, state=state))
-    subprocess.run(
-        ["mbsync", "-q", "-c", str(config), "all"], check=True, env={**os.environ, "HOME": str(folder)}
-    )
-    shutil.rmtree(state)
+    far = mbsync.imap("far", there.port, _SOURCE, PASSWORD)
+    mbsync.pull(folder / "mbsync", far, mbsync.imap("near", here.port, user, PASSWORD))
 
 
 def _raw_fetch(server: Dovecot) -> None:

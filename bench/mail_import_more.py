@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import verdict
-from conformance import dovecot, mail_corpus, mailboxes
+from conformance import dovecot, mail_corpus, mailboxes, mbsync
 from conformance.dovecot import PASSWORD, Dovecot
 from conformance.imap_server import Account, Server, serving
 from conformance.import_worker import Office, office
@@ -34,30 +34,6 @@ _DELAY_MS = 20
 _COPIES = 750  # of Gmail's 300 messages, as its folders show them
 _LONG_BYTES = 60_000_000
 _ACCOUNTS = 100
-_MBSYNC = """
-IMAPStore there
-Host 127.0.0.1
-Port {there}
-User {source}
-Pass {secret}
-SSLType None
-
-IMAPStore here
-Host 127.0.0.1
-Port {here}
-User {user}
-Pass {password}
-SSLType None
-
-Channel all
-Far :there:
-Near :here:
-Patterns *
-Create Near
-Sync Pull
-CopyArrivalDate yes
-SyncState {state}/
-"""
 
 
 def main(count: int = 5000) -> bool:
@@ -161,15 +137,9 @@ def _by_folder(running: Office, port: int, here: Dovecot, user: str) -> float:
 
 
 def _mbsync(folder: Path, port: int, here: Dovecot, user: str) -> float:
-    state = folder / user
-    state.mkdir()
-    config = state / "mbsyncrc"
-    values = {"there": port, "here": here.port, "source": "alice@example.org", "secret": "secret"}
-    config.write_text(_MBSYNC.format(**values, user=user, password=PASSWORD, state=state))
     began = time.monotonic()
-    subprocess.run(
-        ["mbsync", "-q", "-c", str(config), "all"], check=True, env={**os.environ, "HOME": str(state)}
-    )
+    far = mbsync.imap("far", port, "alice@example.org", "secret")
+    mbsync.pull(folder / "mbsync", far, mbsync.imap("near", here.port, user, PASSWORD))
     seconds = time.monotonic() - began
     arrived = mailboxes.content(here.port, user, PASSWORD).total()
     assert arrived == _COPIES, arrived

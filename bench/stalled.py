@@ -101,7 +101,7 @@ def stall(pid: int, client: Client, title: str, count: int, sent: int, allowed_m
 
 
 @contextlib.contextmanager
-def upload(client: Client, path: str, sent: int, *, chunked: bool):  # type: ignore[no-untyped-def]
+def upload(client: Client, path: str, sent: int, *, chunked: bool):
     """A PUT of 1 GB that stops after some of it."""
     with connect(client) as connection:
         length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 1000000000"

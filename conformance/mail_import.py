@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import secrets
-import subprocess
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from conformance import dovecot, mail_corpus, mailboxes
+from conformance import dovecot, mail_corpus, mailboxes, mbsync
 from conformance.dovecot import PASSWORD, Dovecot
 from conformance.imap_server import GMAIL, Account, GmailAccount, Mail, Server, serving
 from conformance.import_worker import Office, office
@@ -35,31 +34,8 @@ from ksync_server.store import tables as t
 KILLS = int(os.environ.get("KSYNC_IMPORT_KILLS", "5"))
 MESSAGES = max(600, 120 * KILLS)  # so that what one kill may cost is the same share of all
 WINDOW_BYTES = 256 << 10  # what one kill may cost; the default is made for mailboxes ten times as large
-AGAIN = (
-    0.08  # of so few bytes a kill in a message larger than the window is 1 to 2 %; `./run bench` holds 5 %
-)
+AGAIN = 0.08  # of so few bytes one kill in a long message is 1 to 2 %; `./run bench` holds 5 %
 SOURCE = "source@example.org"
-MBSYNC = """
-IMAPStore there
-Host 127.0.0.1
-Port {port}
-User {user}
-Pass {password}
-SSLType None
-
-MaildirStore here
-Path {folder}/
-Inbox {folder}/INBOX
-SubFolders Verbatim
-
-Channel all
-Far :there:
-Near :here:
-Patterns *
-Create Near
-Sync Pull
-SyncState *
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +145,8 @@ def test_a_maildir_is_read_by_dovecot_and_through_it_by_mbsync(
 def mirrored(server: Dovecot, user: str, folder: Path) -> Counter[bytes]:
     """SHA-256 of every message that mbsync copies from a mailbox, without the header it inserts."""
     folder.mkdir()
-    config = folder / "mbsyncrc"
-    config.write_text(MBSYNC.format(port=server.port, user=user, password=PASSWORD, folder=folder))
-    done = subprocess.run(
-        ["mbsync", "-c", str(config), "all"],
-        env={**os.environ, "HOME": str(folder)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    far = mbsync.imap("far", server.port, user, PASSWORD)
+    mbsync.pull(folder / "state", far, mbsync.maildir("near", folder))
     files = [path for path in folder.rglob("*") if path.parent.name in ("cur", "new") and path.is_file()]
     return Counter(_plain(path.read_bytes()) for path in files)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from conformance.imap_server import syntax
 from conformance.mail_corpus import CorpusMail
 
-imaplib._MAXLINE = 10_000_000  # type: ignore[attr-defined]
+imaplib._MAXLINE = 10_000_000
 
 Found = Counter[tuple[str, bytes, float, frozenset[str]]]  # folder, SHA-256, date, flags and keywords
 

@@ -33,6 +33,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from conformance import mbsync
 from conformance.certificates import Authority
 from conformance.servers import Demo, demo, postgresql
 from ksync_server.auth import passwords
@@ -536,44 +537,13 @@ def test_folders_below_folders_with_dots_and_other_letters(mail: Mail, device: s
 def test_mbsync_copies_it_all(mail: Mail, device: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(device)
-    (tmp_path / "mbsyncrc").write_text(
-        f"""\
-IMAPAccount here
-Host localhost
-Port {mail.tls}
-User {ALICE}
-PassCmd "cat {secret}"
-SSLType IMAPS
-CertificateFile {mail.authority}
-AuthMechs PLAIN
-
-IMAPStore far
-Account here
-
-MaildirStore near
-Path {tmp_path}/near/
-Inbox {tmp_path}/near/INBOX
-SubFolders Verbatim
-
-Channel all
-Far :far:
-Near :near:
-Patterns *
-Create Near
-Sync Pull
-SyncState *
-"""
+    far = (
+        f'IMAPStore far\nHost localhost\nPort {mail.tls}\nUser {ALICE}\nPassCmd "cat {secret}"\n'
+        f"SSLType IMAPS\nCertificateFile {mail.authority}\nAuthMechs PLAIN\n"
     )
-    (tmp_path / "near").mkdir()
-    done = subprocess.run(
-        ["mbsync", "-c", str(tmp_path / "mbsyncrc"), "-a"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
     near = tmp_path / "near"
+    near.mkdir()
+    mbsync.pull(tmp_path / "state", far, mbsync.maildir("near", near))
     inbox = [
         bytes(message).replace(b"\n", b"\r\n") for message in mailbox.Maildir(near / "INBOX", create=False)
     ]

@@ -43,6 +43,9 @@ GMAIL = MODERN - {"LITERAL+", "MULTIAPPEND", "STATUS=SIZE", "CREATE-SPECIAL-USE"
 }
 
 
+_USUAL = Order()
+
+
 @dataclass(frozen=True, slots=True)
 class Login:
     """An attempt to log in; `at_s` on the monotonic clock."""
@@ -107,7 +110,7 @@ class Server:
         refuse_append: Refusal | None = None,
         keywords: Literal["any", "refused", "dropped"] = "any",
         known_keywords: Iterable[str] = (),
-        order: Order = Order(),  # noqa: B008 - frozen
+        order: Order = _USUAL,
     ) -> None:
         self.accounts = {account.user: account for account in accounts or (Account(),)}
         self.features = frozenset(features)
@@ -190,7 +193,7 @@ class Server:
                 await session.run()
         except (ConnectionError, asyncio.IncompleteReadError, ssl.SSLError, asyncio.CancelledError):
             pass  # the client's or the rules' doing
-        except Exception:
+        except Exception:  # our own mistake is no finding about the client: `serving` raises it
             self.crashes.append(traceback.format_exc())
         finally:
             session.wire.abort()

@@ -290,7 +290,7 @@ def test_who_makes_and_revokes_them(door: Door) -> None:
             door.device(mailbox, actor=Actor(actor.sync_id))
     for mailbox, actor in ((box, other), (shared, alice)):
         with pytest.raises(Forbidden):
-            door.write(lambda tx, m=mailbox, a=actor: device_passwords.revoke(tx, m, actor=Actor(a.sync_id)))  # type: ignore[misc]
+            door.write(lambda tx, m=mailbox, a=actor: device_passwords.revoke(tx, m, actor=Actor(a.sync_id)))
     assert door.write(lambda tx: device_passwords.revoke(tx, box, actor=Actor(admin.sync_id))) == 1
     with pytest.raises(BadRequest):
         door.device(box, " ")

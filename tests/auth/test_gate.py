@@ -265,7 +265,7 @@ def test_each_application_password_takes_one_look_at_one_row_whatever_comes_of_i
     real = door.database.fast
 
     def fast(*arguments: object) -> list[tuple[object, ...]]:
-        rows = real(*arguments)  # type: ignore[arg-type]
+        rows = real(*arguments)
         looks.append(len(rows))
         return rows
 

@@ -24,7 +24,7 @@ def refused(kind: type[ClientError], said: str, fn: Callable[[], object]) -> Non
 
 def rows(door: Door, **of: object) -> list[dict[str, object]]:
     with door.database.read() as tx:
-        return directory.mailboxes(tx, **of)  # type: ignore[arg-type]
+        return directory.mailboxes(tx, **of)
 
 
 def actions(door: Door, subject: str) -> list[str]:
@@ -104,7 +104,7 @@ def test_an_organization_has_as_many_addresses_as_its_offers(door: Door) -> None
         lambda tx: products.move(tx, door.offers, more.id, none),
     ]
     for end in ends:
-        refused(Conflict, "are needed", lambda end=end: door.write(end))  # type: ignore[misc]
+        refused(Conflict, "are needed", lambda end=end: door.write(end))
     door.write(lambda tx: products.set_seats(tx, door.offers, more.id, 7))
     door.mailbox("x@example.org", home=home)
     refused(
@@ -174,9 +174,9 @@ def test_who_may(door: Door) -> None:
         for who in (alice, stranger):
             refused(
                 Forbidden, "Only", lambda one=one, who=who: door.write(lambda tx: one(tx, Actor(who.sync_id)))
-            )  # type: ignore[misc]
+            )
     for one in changes:
-        door.write(lambda tx, one=one: one(tx, Actor(admin.sync_id)))  # type: ignore[misc]
+        door.write(lambda tx, one=one: one(tx, Actor(admin.sync_id)))
     assert [row["address"] for row in rows(door)] == ["b@example.org"]
 
 
@@ -187,12 +187,12 @@ def test_quotas_and_states_that_make_no_sense_are_refused(sqlite_door: Door) -> 
             BadRequest,
             "above zero",
             lambda quota=quota: sqlite_door.mailbox("b@example.org", quota_bytes=quota),
-        )  # type: ignore[misc]
+        )
         refused(
             BadRequest,
             "above zero",
             lambda quota=quota: change(sqlite_door, box, lambda tx, m: mailboxes.set_quota(tx, m, quota)),
-        )  # type: ignore[misc]
+        )
     refused(
         BadRequest,
         "active, suspended",
@@ -209,7 +209,7 @@ def test_a_deleted_address_stops_as_a_login_and_its_owner_gets_a_temporary_one(d
         box = door.mailbox(account.login_email, account, home=home)
         _, secret = door.device(box)
         hosted = ("Example.org",) if account is alice else ("example.com",)
-        door.write(lambda tx, box=box, hosted=hosted: mailboxes.delete(tx, box, hosted))  # type: ignore[misc]
+        door.write(lambda tx, box=box, hosted=hosted: mailboxes.delete(tx, box, hosted))
         with pytest.raises(NotAuthenticated):
             door.log_in(account.login_email, secret, Service.IMAP)
     with door.database.read() as tx:
@@ -243,7 +243,7 @@ def erase(door: Door, account: Account) -> None:
     with door.database.read() as tx:
         due = removal.due(tx, 1 << 40)
     assert due == [(account.id, account.sync_id)]
-    services = background.Services(door.settings, door.database, None, door.keys, door.offers, door.gate)  # type: ignore[arg-type]
+    services = background.Services(door.settings, door.database, None, door.keys, door.offers, door.gate)
     background.erase_account(services, *due[0])
 
 

@@ -439,7 +439,7 @@ def test_what_does_not_fit_does_not_join_and_nothing_is_converted(sqlite_door: D
         (odd.id, Conflict, "not a mail service"),
         (999, NotFound, "no product"),
     ):
-        refused(kind, said, lambda each=each: convert(door, product, mail_id=each))  # type: ignore[misc]
+        refused(kind, said, lambda each=each: convert(door, product, mail_id=each))
     refused(Conflict, "1 seats at most", lambda: convert(door, product, "ksuite-free", mail_id=ours.id))
     with door.database.read() as tx:
         rows = {row["id"]: row["ksuite"] for row in directory.products(tx)}

@@ -401,7 +401,7 @@ def test_the_secret_of_a_job_that_ends_while_it_is_moved_stays_gone(door: Door) 
     age(path_of(door))
     keys.add(path_of(door), "k-next")
     keys.use(path_of(door), "k-next")
-    door.keys.seal = seal  # type: ignore[method-assign]
+    door.keys.seal = seal
     assert rotation.reseal(door.database, door.keys) == 1
     assert (ended, job_secrets(door)) == (["cancelled"], [b"of a source"])
     assert counts(door) == {"k-next": under(job_secrets=1)}

@@ -386,7 +386,7 @@ def test_the_thread_writes_by_itself(sqlite_door: Door) -> None:
         real(*arguments)
         written.set()
 
-    door.gate.throttle._write = write  # type: ignore[method-assign]
+    door.gate.throttle._write = write
     guess(door, "nobody", "wrong")
     assert written.wait(10)
 

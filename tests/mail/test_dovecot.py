@@ -45,7 +45,7 @@ def door(database_url: str, tmp_path: Path) -> Iterator[Door]:
 
 
 def bridge(door: Door, folder: Path = Path("/srv/mail"), **mail: object) -> Bridge:
-    return Bridge(settings.Mail(folders=folder, **mail), door.database, door.gate)  # type: ignore[arg-type]
+    return Bridge(settings.Mail(folders=folder, **mail), door.database, door.gate)
 
 
 def asked(one: Bridge, verb: str, *words: str) -> tuple[str, dict[str, str]]:
@@ -193,7 +193,7 @@ def test_it_is_open_to_its_user_alone_and_a_second_one_takes_its_place(
 
 async def _bounded(work: object) -> None:
     async with asyncio.timeout(60):
-        await work  # type: ignore[misc]
+        await work
 
 
 def test_a_place_where_no_socket_can_be_is_said(sqlite_url: str, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def configured(folder: Path, **mail: object) -> settings.Settings:
     key_file.touch(mode=0o600)
     everything = {"dovecot_socket": "/run/ksync/ask", "folders": Path("/srv/mail"), "owner": "nobody", **mail}
     return settings.Settings(
-        mail=settings.Mail(**everything),  # type: ignore[arg-type]
+        mail=settings.Mail(**everything),
         auth=settings.Auth(key_file=key_file),
         tls=settings.Tls(
             certificates=(Path("/etc/ksync/one.pem"), Path("/etc/ksync/two.pem")),

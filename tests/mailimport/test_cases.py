@@ -36,7 +36,7 @@ BODY = b"From: a@example.org\r\nSubject: number %d\r\n\r\nbody %d\r\n"
 
 def filled(account: Account | None = None, count: int = 5, **switches: object) -> Server:
     """Some messages in INBOX."""
-    server = Server(account or Account(), **switches)  # type: ignore[arg-type]
+    server = Server(account or Account(), **switches)
     for number in range(count):
         server.account.add("INBOX", BODY % (number, number), flags={"\\Seen"} if number % 2 else set())
     return server
@@ -301,7 +301,7 @@ def test_a_body_that_cannot_be_had_is_refused_and_the_rest_arrives(
     lite: Database, tmp_path: Path, kind: str, size: int
 ) -> None:
     source, target = filled(), Server()
-    fault = Fault(body=kind)  # type: ignore[arg-type]
+    fault = Fault(body=kind)
     source.account.add("INBOX", b"Subject: broken\r\n\r\n" + b"y" * size, fault=fault)
     source.account.add("INBOX", BODY % (9, 9))
     with moving(lite, tmp_path, source, target, whole_bytes=5000) as move:
@@ -346,7 +346,7 @@ def test_keywords_the_destination_does_not_take_are_named_and_the_messages_arriv
 ) -> None:
     source = filled()
     source.account.add("INBOX", BODY % (7, 7), flags={"$Forwarded", "NonJunk", "\\Seen"})
-    target = Server(keywords=keywords, known_keywords=["NonJunk"])  # type: ignore[arg-type]
+    target = Server(keywords=keywords, known_keywords=["NonJunk"])
     with moving(lite, tmp_path, source, target) as move:
         report = move.go()
         assert (report["copied"], report["refused"]) == (6, 0)

@@ -127,7 +127,7 @@ def test_a_hidden_all_mail_is_noted_and_folders_are_read_one_by_one(lite: Databa
     target = Server()
     with moving(lite, tmp_path, Server(account, features=GMAIL), target) as move:
         exact(move.go(), 8)
-        assert "All Mail is hidden" in move.imported.report["notes"][0]  # type: ignore[index]
+        assert "All Mail is hidden" in move.imported.report["notes"][0]
     assert bodies(target) == bodies(target, "Work") == [BODY % (number, number) for number in range(4)]
 
 

@@ -133,7 +133,7 @@ def raw(server: Server, *, login: bool = True) -> Iterator[Raw]:
 
 def filled(**switches: object) -> Server:
     """Three messages in INBOX."""
-    server = Server(**switches)  # type: ignore[arg-type]
+    server = Server(**switches)
     account = server.account
     account.add("INBOX", HELLO, flags={"\\Seen", "$Forwarded"}, internal_date=DATE)
     account.add("INBOX", LONG)
@@ -604,7 +604,7 @@ def test_uploads_refused_for_what_they_are_leave_nothing_of_a_multiappend() -> N
 
 def test_keywords_may_be_refused_or_dropped_and_permanentflags_say_so() -> None:
     for keywords in ("refused", "dropped"):
-        server = Server(keywords=keywords, known_keywords={"$Forwarded"})  # type: ignore[arg-type]
+        server = Server(keywords=keywords, known_keywords={"$Forwarded"})
         with client(server) as c:
             permanent = c.select_folder("INBOX")[b"PERMANENTFLAGS"]
             assert b"$Forwarded" in permanent
@@ -1075,7 +1075,7 @@ def test_hostile_answers_come_as_described() -> None:
         hostile.unknown_answers: b"XYZZY",
     }
     for make, sign in expected.items():
-        server = filled(rules=[make("UID FETCH")])  # type: ignore[operator]
+        server = filled(rules=[make("UID FETCH")])
         with raw(server) as r:
             r.ask(b"EXAMINE INBOX")
             text = b"\r\n" + b"".join(r.ask(b"UID FETCH 1 (FLAGS)"))

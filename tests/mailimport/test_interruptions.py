@@ -21,7 +21,7 @@ LARGE = b"Subject: large\r\n\r\n" + b"0123456789abcde\n" * 20_000
 
 def corpus(count: int = 40, **switches: object) -> Server:
     """Messages in several folders."""
-    server = Server(**switches)  # type: ignore[arg-type]
+    server = Server(**switches)
     mail_corpus.fill(
         server.account, mail_corpus.generate(count, folders=4, median_bytes=3000, mean_bytes=5000)
     )
@@ -53,7 +53,7 @@ def test_a_destination_that_ends_in_an_append_has_nothing_twice(
     source = corpus()
     source.account.add("INBOX", BODY % (1, 1))
     source.account.add("INBOX", BODY % (1, 1))
-    rules = [Rule(Drop(), "APPEND", nth=nth, when=when) for nth in (1, 3, 5)]  # type: ignore[arg-type]
+    rules = [Rule(Drop(), "APPEND", nth=nth, when=when) for nth in (1, 3, 5)]
     target = Server(features=features, rules=rules)
     with moving(lite, tmp_path, source, target, window_bytes=60_000) as move:
         exact(move.go(), 42)

@@ -45,7 +45,7 @@ def troubles(random: Random, commands: tuple[str, ...]) -> list[Rule]:
             command = random.choice(commands)
             moments = ["start", "end", *(["literal"] if command == "APPEND" and action != No() else [])]
             when, nth = random.choice(moments), random.randint(1, 6)
-            rules.append(Rule(action, command, nth, when=when))  # type: ignore[arg-type]
+            rules.append(Rule(action, command, nth, when=when))
     return rules
 
 

@@ -89,7 +89,7 @@ def test_an_upload_under_way_keeps_its_lease_by_its_own_beat(
         bytes_.reap()
         stage.write(b"x" * 150)
         upload = stage.finish()
-        number = database.write(lambda tx, upload=upload: blobs.publish(tx, upload))  # type: ignore[misc]
+        number = database.write(lambda tx, upload=upload: blobs.publish(tx, upload))
         with database.read() as tx:
             content = blobs.content(tx, number)
         assert b"".join(bytes_.read(content, 0, 300, 100)) == b"x" * 300
