@@ -41,6 +41,9 @@ key_file = "keys.toml"
 [mail]
 folders = "mail"
 
+[mail_import]
+spool = "spool"
+
 [log]
 format = "text"
 """
