@@ -193,6 +193,19 @@ def test_what_cannot_be_followed_to_the_end_is_incomplete_and_says_nothing() -> 
         assert index.hits(MAY, MAY + 31 * DAY) is None
 
 
+@pytest.mark.parametrize("rule", ["HOURLY;INTERVAL=2", "MINUTELY;INTERVAL=30", "SECONDLY;INTERVAL=600"])
+@pytest.mark.parametrize("steps", [5_000, 50_000])
+def test_an_index_reaches_as_far_as_the_budget_and_is_right_up_to_there(rule: str, steps: int) -> None:
+    start, budget = MAY + 1, recurrence.Budget(steps, 1 << 30)  # a second after an occurrence
+    index = made(
+        event("s", f"RRULE:FREQ={rule}", start="DTSTART:20250601T100000Z"), start, start + 599, budget=budget
+    )
+    assert index.complete
+    assert index.is_short
+    assert index.hits(start, start + 599) is False
+    assert index.hits(start, index.until_at + 1) in ({None} if index.until_at < start + 7200 else {True})
+
+
 def test_the_allowance_shrinks_with_each_object_that_used_it_up() -> None:
     allowance = Allowance(recurrence.Budget(80_000, 7))
     steps = []

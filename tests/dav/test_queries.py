@@ -13,7 +13,7 @@ import pytest
 import radicale.item
 import radicale.item.filter
 import sqlalchemy as sa
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ksync_server import settings as configuration
@@ -23,6 +23,7 @@ from ksync_server.store import blobs
 from ksync_server.store import tables as t
 from ksync_server.store.database import Write
 from ksync_server.wire import ical, recurrence, xml
+from tests import costs
 from tests.dav.harness import NOW, Answer, Client, Row, Store, calendar, card, component, event, make_account
 from tests.dav.test_filters import alarm, asks, below, comp, param, prop, span, text
 
@@ -583,10 +584,8 @@ QUESTIONS = (
 def test_a_rule_that_cannot_be_followed_is_answered_at_once(client: Client, name: str, start: str) -> None:
     path = client.make()
     client.put(path + "plain.ics", event("plain", "SUMMARY:x"))
-    began = time.process_time()
-    put = client.put(path + "bad.ics", event("bad", "SUMMARY:x", *UNFOLLOWABLE[name], start=start))
-    spent = [time.process_time() - began]
-    assert put.status in (201, 403)
+    bad = event("bad", "SUMMARY:x", *UNFOLLOWABLE[name], start=start)
+    assert costs.within(FAST_S, lambda: client.put(path + "bad.ics", bad)).status in (201, 204, 403)
     expand = cut("expand", "20260501T000000Z", "20260601T000000Z")
     limit = cut("limit-recurrence-set", "20260501T000000Z", "20260601T000000Z")
     actions: list[Callable[[], Answer]] = [
@@ -598,11 +597,8 @@ def test_a_rule_that_cannot_be_followed_is_answered_at_once(client: Client, name
         lambda: client.report(path, "c:free-busy-query", span("20260501T000000Z", "20260601T000000Z"))
     )
     for act in actions:
-        began = time.process_time()
-        answer = act()
-        spent.append(time.process_time() - began)
+        answer = costs.within(FAST_S, act)
         assert answer.status in (200, 207, 403), answer.precondition
-    assert max(spent) < FAST_S, spent
     assert "plain" in found(client, path, MAY)
 
 
@@ -632,9 +628,7 @@ def test_a_calendar_full_of_such_rules_is_answered_and_right_about_the_others(cl
     client.put(path + "may.ics", event("may"))
     client.put(path + "june.ics", event("june", start="DTSTART:20260615T100000Z"))
     for inner, others in ((MAY, {"weekly", "may"}), (JUNE, {"june"}), (MAY, {"weekly", "may"})):
-        began = time.process_time()
-        rows = found(client, path, inner)
-        assert time.process_time() - began < MANY_S
+        rows = costs.within(MANY_S, lambda inner=inner: found(client, path, inner))
         assert {name for name in rows if not name.startswith("bad")} == others
         assert len(rows) == 1000 + len(others)
         settle(client)
@@ -694,6 +688,9 @@ def _is_too_long(
 
 @SLOW
 @given(EVENTS, st.lists(RANGES, min_size=1, max_size=4), st.sampled_from(["UTC", "Asia/Tokyo"]))
+@example(
+    [("DTSTART:20250601T100000Z", "RRULE:FREQ=HOURLY;INTERVAL=2", ())], [(1769047201, 1769050801)], "UTC"
+)
 def test_queries_through_the_index_are_what_brute_force_finds(
     client: Client,
     drawn: list[tuple[str, str | None, tuple[str, ...]]],

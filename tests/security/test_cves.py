@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import socket
-import time
 from importlib import metadata
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ from ksync_server.auth.accounts import Account
 from ksync_server.auth.rules import VERBS
 from ksync_server.errors import ClientError
 from ksync_server.wire import xml
+from tests import costs
 from tests.security.harness import (
     ORIGIN,
     PASSWORD,
@@ -514,9 +514,7 @@ def test_expanding_a_large_event_is_bounded_in_bytes_and_time(world: World) -> N
     expand = '<c:expand start="20260501T000000Z" end="20270501T000000Z"/>'
     inner = f"<d:prop><c:calendar-data>{expand}</c:calendar-data></d:prop>"
     inner += f"<d:href>{alice.calendar}expanded.ics</d:href>"
-    started = time.process_time()
-    answer = world.report(alice.calendar, "c:calendar-multiget", inner, by=alice)
-    assert time.process_time() - started < 5
+    answer = costs.within(5, lambda: world.report(alice.calendar, "c:calendar-multiget", inner, by=alice))
     assert answer.status == 207
     assert len(answer.body) < 40_000_000
     assert "507" in answer.text
@@ -549,11 +547,10 @@ def test_xml_bombs_are_refused_fast(world: World, method: str, bomb: str) -> Non
         if method == "LOCK"
         else f"{alice.home}{'bomb/' if method.startswith('MK') else 'work/'}"
     )
-    started = time.process_time()
-    answer = world.ask(method, path + ("new" if method == "LOCK" else ""), BOMBS[bomb], by=alice, depth="0")
+    path += "new" if method == "LOCK" else ""
+    answer = costs.within(2, lambda: world.ask(method, path, BOMBS[bomb], by=alice, depth="0"))
     assert answer.status in (400, 403, 413, 415, 422), answer.status
     assert "root:" not in answer.text
-    assert time.process_time() - started < 2
 
 
 # -- CVE-2019-18928: who the request before was -------------------------------------------------------------

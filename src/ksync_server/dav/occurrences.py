@@ -53,6 +53,11 @@ class Index:
         """Whether the horizon holds the range."""
         return self.from_at <= start and end <= self.until_at
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the budget ended before the horizon did."""
+        return self.until_at - self.from_at < _BEFORE_S + _AFTER_S
+
     def hits(self, start: int, end: int) -> bool | None:
         """Whether an occurrence overlaps [start, end); None where the index does not know.
 
@@ -141,36 +146,58 @@ def compute(
     zone: datetime.tzinfo,
     budget: recurrence.Budget,
 ) -> Index:
-    """The index of one object for a horizon around a range; incomplete where the budget ended first.
+    """The index of one object for a horizon around a range, as much of it as the budget allows.
+
+    Where it does not reach the end of the range, it is tried for that range alone, and incomplete if that is
+    too much, too.
 
     Args:
         start, end: Unix seconds; of an open or very long range the horizon holds the beginning, of one that
             is open to the past the end.
         zone: of the object's calendar.
 
-    Cost: at most the budget.
+    Cost: at most twice the budget.
     """
     if start < _LOW_S:
         start = max(end, _LOW_S) if end <= _HIGH_S else _LOW_S
     if end - start > _LONGEST_S:
         end = start
-    from_at, until_at = start - _BEFORE_S, end + _AFTER_S
+    for from_at, until_at in ((start - _BEFORE_S, end + _AFTER_S), (start, end)):
+        index = _follow(found, seq, from_at, until_at, zone, budget)
+        if index.covers(start, end):
+            return index
+    return Index(seq, start, end, b"", complete=False)
+
+
+def can_cover(start: int, end: int) -> bool:
+    """Whether a horizon may hold the whole range [start, end)."""
+    return start >= _LOW_S and end <= _HIGH_S and end - start <= _LONGEST_S
+
+
+def _follow(
+    found: ical.CalendarObject,
+    seq: int,
+    from_at: int,
+    until_at: int,
+    zone: datetime.tzinfo,
+    budget: recurrence.Budget,
+) -> Index:
+    """The index from there on, up to where the budget ends: before that it is complete."""
     starts: list[int] = []
     ends: list[int] = []
-    complete = True
     try:
         for instance in recurrence.occurrences(
             found, _utc(from_at), _utc(until_at), zone=zone, budget=budget
         ):
             if len(starts) >= _MAX_PACKED:
-                complete = False
+                until_at = instance.start
                 break
             starts.append(instance.start)
             ends.append(instance.end)
-    except recurrence.TooManySteps:
-        complete = False
-    packed = pack(starts, ends, from_at, until_at) if complete else b""
-    return Index(seq, from_at, until_at, packed, complete)
+    except recurrence.TooManySteps as error:
+        until_at = from_at - 1 if error.complete_until is None else min(until_at, error.complete_until)
+    known = bisect_left(starts, until_at)
+    return Index(seq, from_at, until_at, pack(starts[:known], ends[:known], from_at, until_at), complete=True)
 
 
 def pack(starts: Sequence[int], ends: Sequence[int], from_at: int, until_at: int) -> bytes:

@@ -216,7 +216,7 @@ class CalendarQuery:
         return index if self._zone_is_own or not candidate.floating else None
 
     def _answer(self, index: occurrences.Index) -> bool | None:
-        """What an index says; one that could not be completed counts as a match within its horizon."""
+        """What an index says; one that could not be completed counts as a match for the range it is of."""
         verdict = index.hits(self._span.start, self._span.end)
         if verdict is None and not index.complete and index.covers(self._span.start, self._span.end):
             return True
@@ -254,7 +254,8 @@ class CalendarQuery:
     def _indexed(self, candidate: _Candidate, found: ical.CalendarObject) -> bool | None:
         """Compute the index of an event that recurs or floats, to be kept, and ask it.
 
-        Only with a whole budget: an index that stays incomplete says that nobody can complete it.
+        Only with a whole budget: an index that stays incomplete says that nobody can complete it. A range
+        that no horizon covers is not tried again with an object that has already used up a budget.
         """
         wanted = (
             self._plain
@@ -262,13 +263,12 @@ class CalendarQuery:
             and found.component == "VEVENT"
             and (candidate.recurring or candidate.floating)
         )
-        index = self._usable(candidate)
-        hopeless = index is not None and not index.complete
+        known, seq, span = self._usable(candidate), candidate.object.seq, self._span
+        hopeless = known is not None and known.is_short and not occurrences.can_cover(span.start, span.end)
         if not wanted or hopeless or not self._allowance.is_whole:
             return None
-        seq, span = candidate.object.seq, self._span
         made = occurrences.compute(found, seq, span.start, span.end, self._zone, self._allowance.budget)
-        if not made.complete:
+        if made.is_short:
             self._allowance.exhausted()
         self._made.append((candidate.object.id, made))
         self._floating_made |= candidate.floating
