@@ -144,7 +144,7 @@ _COPIES = (
     .order_by(_copy.c.uid)
 )
 _HANDLES = sa.select(_copy.c.handle).where(_copy.c.target_id == sa.bindparam("target_"), _copy.c.handle != "")
-_INSERT_COPY = sa.insert(_copy)
+_ADD_COPY = sa.insert(_copy).values({column: sa.bindparam(column.name) for column in _copy.c})
 _COUNTS = (
     sa.select(_source.c.name, _target.c.name, _copy.c.how, sa.func.count(), sa.func.sum(_copy.c.size))
     .select_from(
@@ -405,9 +405,7 @@ def retired(tx: Read, number: int, target_id: int) -> list[Copy]:
 
 def add_copies(tx: Write, made: Iterable[Copy]) -> None:
     """Rows of messages that are placed or refused."""
-    rows = [each.row() for each in made]
-    if rows:
-        tx.execute(_INSERT_COPY, rows)
+    tx.many(_ADD_COPY, (each.row() for each in made))
 
 
 def drop_refused(tx: Write, number: int) -> None:
@@ -480,12 +478,23 @@ def spent(tx: Read, key: str) -> tuple[int, int]:
     return int(row[1]), row[0] + _DAY_S - now
 
 
+_SPEND = (
+    sa.update(_budget)
+    .where(
+        _budget.c.key == sa.bindparam("key_"),
+        _budget.c.since.between(sa.bindparam("first_"), sa.bindparam("now_")),
+    )
+    .values(bytes=_budget.c.bytes + sa.bindparam("size_"))
+    .returning(_budget.c.key)
+)
+
+
 def spend(tx: Write, key: str, size: int) -> None:
-    """Count bytes that were fetched."""
+    """Count bytes that were fetched.
+
+    Cost: one UPDATE.
+    """
     now = int(time.time())
-    c = _budget.c
-    same_day = sa.and_(c.key == key, c.since > now - _DAY_S, c.since <= now)
-    if tx.execute(sa.update(_budget).where(same_day).values(bytes=c.bytes + size)).rowcount:
-        return
-    tx.execute(sa.delete(_budget).where(c.key == key))
-    tx.execute(sa.insert(_budget).values(key=key, since=now, bytes=size))
+    if tx.one(_SPEND, {"key_": key, "first_": now - _DAY_S + 1, "now_": now, "size_": size}) is None:
+        tx.execute(sa.delete(_budget).where(_budget.c.key == key))
+        tx.execute(sa.insert(_budget).values(key=key, since=now, bytes=size))

@@ -24,7 +24,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -156,6 +156,11 @@ class Write(Read):
     """A transaction that may change rows; commits when the function that got it returns."""
 
     __slots__ = ()
+
+    def many(self, statement: sa.Executable, rows: Iterable[Parameters]) -> None:
+        """A module-level statement for each row, on the raw cursor; nothing is returned."""
+        text = self._database.compiled(statement)
+        self._cursor.executemany(text.sql, [_arguments(text, row) for row in rows])
 
 
 def _arguments(text: _Text, parameters: Parameters) -> Any:
