@@ -232,7 +232,7 @@ class ImapSink:
         Spec: RFC 3502 §6.3.11: a message without a byte would cancel all that goes with it.
         """
         filled = [parcel for parcel in parcels if parcel.size]
-        if any(flag not in _SYSTEM for parcel in filled for flag in parcel.message.flags):
+        if not all(_SYSTEM.issuperset(parcel.message.flags) for parcel in filled):
             await self._select(name)  # it says which keywords it keeps
         placed = iter(await self._put(name, filled) if filled else ())
         return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
@@ -270,7 +270,8 @@ class ImapSink:
 
     def _lost(self, parcel: Parcel) -> tuple[str, ...]:
         """Flags that the folder at hand has no place for."""
-        return tuple(flag for flag in parcel.message.flags if not self._keeps(flag))
+        flags = parcel.message.flags
+        return () if _SYSTEM.issuperset(flags) else tuple(flag for flag in flags if not self._keeps(flag))
 
     def _raise_where_temporary(self, error: Refused) -> None:
         """What is no matter of the message.
@@ -307,8 +308,7 @@ class ImapSink:
             message = parcel.message
             wanted = message.flags if flags is None else flags
             kept = " ".join(flag for flag in wanted if self._keeps(flag))
-            date = imap.write_date(message.received).decode("ascii")
-            connection.write(f" ({kept}) {date}".encode("ascii"))
+            connection.write(b" (%s) %s" % (kept.encode("ascii"), imap.write_date(message.received)))
             if not await connection.literal(parcel.size, pending):
                 break
             await self._write(parcel)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -407,10 +407,10 @@ class Importer:
         parcel: Parcel,
         handle: str,
         how: str,
-        lost: Iterable[str] = (),
+        lost: Sequence[str] = (),
     ) -> Copy:
         message = parcel.message
-        flags = tuple(flag for flag in message.flags if flag not in set(lost))
+        flags = tuple(flag for flag in message.flags if flag not in lost) if lost else message.flags
         return Copy(
             walk.row.id,
             message.uid,
@@ -426,7 +426,7 @@ class Importer:
     def _recognised(self, walk: _Walk, target: Target, parcel: Parcel, found: Recognised) -> Copy:
         """A row for a message that is there; flags of the source that it may not have are added."""
         copy = self._copied(walk, target, parcel, found.handle, found.how)
-        copy = replace(copy, flags=() if found.replaced is None else found.replaced.flags)
+        copy = copy._replace(flags=() if found.replaced is None else found.replaced.flags)
         if copy.flags != parcel.message.flags:
             walk.flags.setdefault(target.name, []).append((copy, parcel.message.flags))
         return copy
@@ -495,7 +495,7 @@ class Importer:
             walk.is_whole &= len(linked) == len(from_there)
             for handle, copy in from_there.items():
                 if handle in linked:
-                    made.append(replace(copy, target_id=target.row.id, handle=linked[handle], how=LINKED))
+                    made.append(copy._replace(target_id=target.row.id, handle=linked[handle], how=LINKED))
                     self._count(LINKED, 0)
             for each in made:
                 walk.copies.setdefault(each.uid, []).append(each)
@@ -533,7 +533,7 @@ class Importer:
                 copies = walk.copies.get(copy.uid, [])
                 if copy in copies:  # what was taken away is not missed
                     kept = tuple(flag for flag in copy.flags if flag in flags)
-                    copies[copies.index(copy)] = replace(copy, flags=kept)
+                    copies[copies.index(copy)] = copy._replace(flags=kept)
 
     async def _check(self, walk: _Walk) -> None:
         """Ask the destination for every message that came there since the folder was last settled."""
@@ -678,8 +678,10 @@ def _has_changed(folder: Folder, before: SourceFolder) -> bool:
 def _difference(copy: Copy, seen: Seen) -> str:
     if seen.size != copy.size:
         return "size"
-    if int(seen.received.timestamp()) != int(copy.received.timestamp()):
+    if seen.received != copy.received and int(seen.received.timestamp()) != int(copy.received.timestamp()):
         return f"was received {_moment(copy.received)}, the destination says {_moment(seen.received)}"
+    if seen.flags == copy.flags:
+        return ""
     missing = {flag.lower() for flag in copy.flags} - {flag.lower() for flag in seen.flags}
     return f"the destination has not the flags {' '.join(sorted(missing))}" if missing else ""
 

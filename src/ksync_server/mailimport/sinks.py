@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ksync_server.errors import RemoteError
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A message of the source, without its bytes."""
 
     uid: int
@@ -23,8 +22,7 @@ class Message:
     number: str = ""  # Gmail's own, the same in every folder
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+class Parcel(NamedTuple):
     """A message with its bytes, in memory or in a file."""
 
     message: Message
@@ -52,8 +50,7 @@ class Stranger:
     received: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """What the destination says of a message that was placed."""
 
     size: int
@@ -61,8 +58,7 @@ class Seen:
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """The destination has the message. `lost`: keywords that it does not keep."""
 
     handle: str

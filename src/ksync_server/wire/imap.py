@@ -269,14 +269,14 @@ def response(pieces: list[bytes | Literal]) -> Response:
     assert isinstance(first, bytes)
     if first.startswith(b"+"):
         return Continue(_text(first[1:].strip()))
+    plain = _PLAIN_FETCH.match(first)
+    if plain is not None and (fetched := _plain(plain, pieces)) is not None:
+        return fetched
     status = _STATUS.match(first)
     if status is not None:
         return _status(status)
     if not first.startswith(b"* "):
         raise BadRequest(f"No answer of an IMAP server: {first[:40]!r}")
-    plain = _PLAIN_FETCH.match(first)
-    if plain is not None and (fetched := _plain(plain, pieces)) is not None:
-        return fetched
     found = values([first[2:], *pieces[1:]])
     number = None
     name, *rest = found or [None]
@@ -304,15 +304,22 @@ def _plain(found: re.Match[bytes], pieces: list[bytes | Literal]) -> Fetched | N
     if uid:
         named["UID"] = uid.decode("ascii")
     if flags_ is not None:
-        names = flags_.split()
-        if not _NIL.isdisjoint(names):
+        names = _plain_flags(flags_)
+        if names is None:
             return None
-        named["FLAGS"] = [each.decode("ascii") for each in names]
+        named["FLAGS"] = list(names)
     if date is not None:
         named["INTERNALDATE"] = date
     if size:
         named["RFC822.SIZE"] = size.decode("ascii")
     return Fetched(int(found[1]), named)
+
+
+@lru_cache(maxsize=1024)
+def _plain_flags(text: bytes) -> tuple[str, ...] | None:
+    """None where one is NIL."""
+    names = text.split()
+    return tuple(each.decode("ascii") for each in names) if _NIL.isdisjoint(names) else None
 
 
 def _status(found: re.Match[bytes]) -> Status:
@@ -441,12 +448,15 @@ def flags(value: Value) -> tuple[str, ...]:
     """
     if not isinstance(value, list):
         raise BadRequest("A list of flags is needed.")
-    return _flags(tuple(string(each) for each in value))
+    try:
+        return _flags(tuple(value))
+    except TypeError:  # a list in it
+        raise BadRequest("A list of flags is needed.") from None
 
 
 @lru_cache(maxsize=1024)
-def _flags(found: tuple[bytes, ...]) -> tuple[str, ...]:
-    names = (each.decode("utf-8", "surrogateescape") for each in found)
+def _flags(found: tuple[Value, ...]) -> tuple[str, ...]:
+    names = (string(each).decode("utf-8", "surrogateescape") for each in found)
     return tuple(sorted({_SYSTEM_FLAGS.get(name.lower(), name) for name in names} - {"\\Recent", "\\*"}))
 
 
@@ -512,6 +522,7 @@ def numbers(text: str, *, most: int = 1_000_000) -> list[int]:
 
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_MONTH = {name.encode("ascii"): number for number, name in enumerate(_MONTHS, 1)}
 _DATE = re.compile(rb" ?(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d)(?: ([+-])(\d\d)(\d\d))?\Z")
 
 
@@ -524,17 +535,23 @@ def internal_date(value: Value) -> datetime:
     Spec: RFC 3501 §9, date-time.
     """
     text = string(value)
-    found = _DATE.match(text)
     try:
-        if found is None:
-            raise ValueError
-        month = _MONTHS.index(found[2].decode().capitalize()) + 1
-        zone = _zone(found[7], found[8], found[9]) if found[7] else UTC
-        day = (int(found[3]), month, int(found[1]), int(found[4]), int(found[5]), min(int(found[6]), 59))
-        moment = datetime(*day, tzinfo=zone)
-        moment.astimezone(UTC)  # at either end of time there is none
-    except (ValueError, OverflowError):
+        return _moment(text)
+    except (ValueError, KeyError, OverflowError):
         raise BadRequest(f"No date and time: {text[:40]!r}") from None
+
+
+@lru_cache(maxsize=10_000)  # a destination says again what was said by the source
+def _moment(text: bytes) -> datetime:
+    found = _DATE.match(text)
+    if found is None:
+        raise ValueError
+    day, month, year, hour, minute, second, *offset = found.groups()
+    zone = _zone(*offset) if offset[0] else UTC
+    date = (int(year), _MONTH[month.title()], int(day), int(hour), int(minute), min(int(second), 59))
+    moment = datetime(*date, tzinfo=zone)
+    if not 1 < moment.year < 9999:
+        moment.astimezone(UTC)  # at either end of time there is none
     return moment
 
 
@@ -546,10 +563,14 @@ def _zone(sign: bytes, hours: bytes, minutes: bytes) -> timezone:
 
 def write_date(moment: datetime) -> bytes:
     """A date-time as APPEND takes it, in quotes."""
-    offset = moment.strftime("%z") or "+0000"
-    return (
-        f'"{moment.day:02}-{_MONTHS[moment.month - 1]}-{moment.year:04} {moment:%H:%M:%S} {offset[:5]}"'
-    ).encode("ascii")
+    day = f"{moment.day:02}-{_MONTHS[moment.month - 1]}-{moment.year:04}"
+    clock = f"{moment.hour:02}:{moment.minute:02}:{moment.second:02}"
+    return f'"{day} {clock} {_offset(moment.utcoffset())}"'.encode("ascii")
+
+
+@lru_cache(maxsize=256)
+def _offset(ahead: timedelta | None) -> str:
+    return datetime(2000, 1, 1, tzinfo=timezone(ahead or timedelta())).strftime("%z")[:5]
 
 
 # -- names of mailboxes ---------------------------------------------------------------------------
