@@ -16,7 +16,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from ksync_server import outbound
 from ksync_server import settings as configuration
@@ -240,6 +240,7 @@ class Pending:
     data: list[Data] = field(default_factory=list)
     inlet: Inlet | None = None
     answers: int = 0
+    continued: asyncio.Future[None] | None = None  # done once the server waits for more, or has answered
 
 
 class Connection(asyncio.Protocol):
@@ -263,7 +264,7 @@ class Connection(asyncio.Protocol):
         self._streaming: Inlet | None = None
         self._pending: deque[Pending] = deque()
         self._greeting: asyncio.Future[Status] = self._loop.create_future()
-        self._continued: asyncio.Future[str] | None = None
+        self._turn = asyncio.Lock()  # of writing
         self._error: RemoteError | None = None
         self._paused = False
         self._writable = asyncio.Event()
@@ -372,8 +373,8 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, response: imap.Response) -> None:
         if isinstance(response, Continue):
-            if self._continued is not None and not self._continued.done():
-                self._continued.set_result(response.text)
+            for pending in self._pending:  # one at most waits for it: the last one
+                _go_on(pending)
         elif isinstance(response, Data | Fetched):
             if isinstance(response, Data) and response.name == "CAPABILITY":
                 self.capabilities = _capabilities(response.values)
@@ -405,8 +406,7 @@ class Connection(asyncio.Protocol):
             pending.answered.set_result(status)
         if pending.inlet is not None:
             pending.inlet.put(Ended(pending.tag, status))
-        if self._continued is not None and not self._continued.done():
-            self._continued.set_result("")  # refused before its literal: the waiter looks at the answer
+        _go_on(pending)  # refused before its literal: the waiter looks at the answer
 
     def _untagged(self, status: Status) -> None:
         if status.code == "CAPABILITY":
@@ -461,11 +461,11 @@ class Connection(asyncio.Protocol):
         if not self._greeting.done():
             self._greeting.set_exception(self._error)
             self._greeting.exception()
-        if self._continued is not None and not self._continued.done():
-            self._continued.set_exception(self._error)
-            self._continued.exception()
         while self._pending:
             pending = self._pending.popleft()
+            if pending.continued is not None and not pending.continued.done():
+                pending.continued.set_exception(self._error)
+                pending.continued.exception()
             if not pending.answered.done():
                 pending.answered.set_exception(self._error)
                 pending.answered.exception()  # whoever waits gets it; nobody may
@@ -511,8 +511,18 @@ class Connection(asyncio.Protocol):
         if self._error is not None:
             raise self._error
 
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """A block that writes one command, from `begin` to its last byte; others wait for their turn.
+
+        Whatever cuts it ends the connection: what came next would be read as a part of it.
+        """
+        async with self._turn:
+            with ending(self):
+                yield
+
     def begin(self, name: str, inlet: Inlet | None = None) -> Pending:
-        """Start a command line: its tag and name are written."""
+        """Start a command line, inside of `writing`: its tag and name are written."""
         self.commands += 1
         pending = Pending(f"k{self.commands}", name, self._loop.create_future(), inlet=inlet)
         self.write(f"{pending.tag} {name}".encode("ascii"))
@@ -532,11 +542,10 @@ class Connection(asyncio.Protocol):
         if "LITERAL+" in self.capabilities or ("LITERAL-" in self.capabilities and size <= _SMALL_LITERAL):
             self.write(f" {mark}{{{size}+}}\r\n".encode("ascii"))
             return True
-        self._continued = self._loop.create_future()
+        pending.continued = self._loop.create_future()
         self.write(f" {mark}{{{size}}}\r\n".encode("ascii"))
         self.flush()
-        await self._continued
-        self._continued = None
+        await pending.continued
         return not pending.answered.done()
 
     async def send(self, name: str, *arguments: bytes | str, inlet: Inlet | None = None) -> Pending:
@@ -548,18 +557,19 @@ class Connection(asyncio.Protocol):
         Raises:
             RemoteError: the connection is gone.
         """
-        pending = self.begin(name, inlet)
-        for each in arguments:
-            if isinstance(each, str):
-                self.write(b" " + each.encode("utf-8", "surrogateescape"))
-            elif (text := imap.quoted(each, utf8=self.utf8)) is not None and len(each) < 1000:
-                self.write(b" " + text)
-            elif await self.literal(len(each), pending):
-                self.write(each)
-            else:
-                return pending
-        self.write(b"\r\n")
-        self.flush()
+        async with self.writing():
+            pending = self.begin(name, inlet)
+            for each in arguments:
+                if isinstance(each, str):
+                    self.write(b" " + each.encode("utf-8", "surrogateescape"))
+                elif (text := imap.quoted(each, utf8=self.utf8)) is not None and len(each) < 1000:
+                    self.write(b" " + text)
+                elif await self.literal(len(each), pending):
+                    self.write(each)
+                else:
+                    return pending
+            self.write(b"\r\n")
+            self.flush()
         return pending
 
     async def answer(self, pending: Pending) -> Reply:
@@ -700,16 +710,14 @@ class Connection(asyncio.Protocol):
             answers = [b""]
         else:
             answers = [encoded.encode("ascii"), b""]
-        self._continued = self._loop.create_future()
+        pending.continued = self._loop.create_future()
         self.write(b"\r\n")
         for answer in answers:
-            either: set[asyncio.Future[Any]] = {self._continued, pending.answered}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await pending.continued
             if pending.answered.done():
                 break
-            self._continued = self._loop.create_future()
+            pending.continued = self._loop.create_future()
             self.write(answer + b"\r\n")
-        self._continued = None
         status = await pending.answered
         if status.word != "OK":
             raise Refused("AUTHENTICATE", status)
@@ -726,6 +734,11 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """End at once."""
         self._fail(Temporary("the connection is closed"))
+
+
+def _go_on(pending: Pending) -> None:
+    if pending.continued is not None and not pending.continued.done():
+        pending.continued.set_result(None)
 
 
 def _capabilities(found: Iterable[Value]) -> frozenset[str]:

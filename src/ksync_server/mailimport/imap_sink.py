@@ -1,7 +1,7 @@
 """A destination behind IMAP: any server, ours included.
 
-One connection. Messages go in batches where the server has MULTIAPPEND, else one after the other without
-waiting; UIDs come from UIDPLUS, or are asked for where a server has it not.
+One connection. Messages go in batches where the server has MULTIAPPEND, else one by one, and the next without
+waiting for the answer to the last. UIDs come from UIDPLUS, or are asked for where a server has it not.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class ImapSink:
         self._require_turn = require_turn
         self._selected = ""
         self._permitted: frozenset[str] | None = None  # keywords of the selected folder; None = any
+        self._alone = asyncio.Lock()  # where UIDs are told by what is new in a folder
         self.separator = "/"
         self.prefix = ""
         self.longest: int | None = None
@@ -65,6 +66,10 @@ class ImapSink:
     def commands(self) -> int:
         """See `Sink`."""
         return self._connection.commands
+
+    @property
+    def _says_uids(self) -> bool:
+        return "UIDPLUS" in self._connection.capabilities
 
     def uid(self, handle: str) -> int:
         """See `Sink`."""
@@ -234,14 +239,19 @@ class ImapSink:
         filled = [parcel for parcel in parcels if parcel.size]
         if not all(_SYSTEM.issuperset(parcel.message.flags) for parcel in filled):
             await self._select(name)  # it says which keywords it keeps
-        placed = iter(await self._put(name, filled) if filled else ())
+        async with contextlib.nullcontext() if self._says_uids else self._alone:
+            placed = iter(await self._put(name, filled) if filled else ())
         return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
 
     async def _put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
         if len(parcels) == 1:
             return [await self._put_one(name, parcels[0])]
         if "MULTIAPPEND" not in self._connection.capabilities:
-            return [await self._put_one(name, parcel) for parcel in parcels]
+            if not self._says_uids:
+                return [await self._put_one(name, parcel) for parcel in parcels]
+            sent = [asyncio.create_task(self._put_one(name, parcel)) for parcel in parcels]
+            await asyncio.wait(sent)  # all of them, whatever one comes to
+            return [await each for each in sent]
         try:
             uids = await self._append(name, parcels)
         except Refused as error:
@@ -297,25 +307,26 @@ class ImapSink:
         """
         connection = self._connection
         before = None
-        if "UIDPLUS" not in connection.capabilities:
+        if not self._says_uids:
             before = await self._status(connection.encoded(name))
-        pending = connection.begin("APPEND")
         encoded = imap.quoted(connection.encoded(name))
         if encoded is None:
             raise BadRequest(f"{name!r} cannot name a folder")
-        connection.write(b" " + encoded)
-        for parcel in parcels:
-            message = parcel.message
-            wanted = message.flags if flags is None else flags
-            kept = " ".join(flag for flag in wanted if self._keeps(flag))
-            connection.write(b" (%s) %s" % (kept.encode("ascii"), imap.write_date(message.received)))
-            if not await connection.literal(parcel.size, pending):
-                break
-            await self._write(parcel)
-        else:
-            self._require_turn()
-            connection.write(b"\r\n")
-        connection.flush()
+        async with connection.writing():
+            pending = connection.begin("APPEND")
+            connection.write(b" " + encoded)
+            for parcel in parcels:
+                message = parcel.message
+                wanted = message.flags if flags is None else flags
+                kept = " ".join(flag for flag in wanted if self._keeps(flag))
+                connection.write(b" (%s) %s" % (kept.encode("ascii"), imap.write_date(message.received)))
+                if not await connection.literal(parcel.size, pending):
+                    break
+                await self._write(parcel)
+            else:
+                self._require_turn()
+                connection.write(b"\r\n")
+            connection.flush()
         reply = await connection.answer(pending)
         if reply.status.code == "APPENDUID" and len(reply.status.arguments) == 2:
             uids = imap.numbers(str(reply.status.arguments[1]))
@@ -357,9 +368,7 @@ class ImapSink:
         ordered = sorted(map(int, handles))
         for at in range(0, len(ordered), _AT_ONCE):
             some = ordered[at : at + _AT_ONCE]
-            before = (
-                None if "UIDPLUS" in connection.capabilities else await self._status(connection.encoded(to))
-            )
+            before = None if self._says_uids else await self._status(connection.encoded(to))
             for uids in imap.sequence_set(some):
                 self._require_turn()
                 try:

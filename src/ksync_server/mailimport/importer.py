@@ -75,14 +75,9 @@ class Counters:
                 self.differences.append(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """The rows of a batch are kept, or could not be."""
-
-    task: asyncio.Task[None]
-
-
-_Ready = Batch | Failed | Kept | None  # None: nothing more comes
+_Placing = asyncio.Task[None]  # of a batch, until its rows are kept
+_Ready = Batch | Failed | _Placing | None  # a task is done; None: nothing more comes
+_AT_ONCE = 3  # batches on their way: one is written, one is answered, the rows of one are kept
 
 
 class Importer:
@@ -129,7 +124,7 @@ class Importer:
             singly=self._singly,
         )
         self._counted_bytes = 0  # of what the reader fetched: they are in the account's day
-        self._keeping: asyncio.Task[None] | None = None
+        self._placing: list[_Placing] = []  # the oldest first
         self._targets: dict[str, Target] = {}
         self._known: dict[str, TargetFolder] = {}
         self._names: dict[int, str] = {}  # of targets
@@ -298,19 +293,21 @@ class Importer:
                 if isinstance(each, Failed):
                     await self._record_failed(walk, target, each)
                 elif isinstance(each, Batch):
-                    await self._place(walk, target, each, ready)
-                elif each.task is self._keeping:
-                    await self._kept()
-            await self._kept()
+                    task = await self._place(walk, target, each)
+                    task.add_done_callback(ready.put_nowait)
+                elif each in self._placing:  # a failure is known at once
+                    await self._placed(each)
+            while self._placing:
+                await self._placed(self._placing[0])
             await reader  # what was fetched before a failure is placed by now
         except Suspects:
             self._singly = True
             await self._commit(lambda tx: None)
             raise
         finally:
-            if self._keeping is not None:  # something else failed meanwhile
+            while self._placing:  # one of them failed, or something else: rows of the others are kept
                 with suppress(KsyncError, Left):
-                    await self._kept()
+                    await self._placed(self._placing[0])
             if not reader.done():
                 reader.cancel()
                 with suppress(asyncio.CancelledError, RemoteError):
@@ -345,7 +342,10 @@ class Importer:
         target.meet(strangers, await self._read(records.retired, self._import.id, row.id))
         return target
 
-    async def _place(self, walk: _Walk, target: Target, batch: Batch, ready: asyncio.Queue[_Ready]) -> None:
+    async def _place(self, walk: _Walk, target: Target, batch: Batch) -> _Placing:
+        """Begin to place a batch, once there is room for it."""
+        while len(self._placing) >= _AT_ONCE:
+            await self._placed(self._placing[0])
         made: list[Copy] = []
         dropped: list[Copy] = []
         new: list[Parcel] = []
@@ -358,6 +358,30 @@ class Importer:
             if found.replaced is not None:
                 dropped.append(found.replaced)
             self._count(found.how, 0)
+        task = asyncio.create_task(self._put(walk, target, batch, new, made, dropped))
+        self._placing.append(task)
+        return task
+
+    async def _placed(self, task: _Placing) -> None:
+        """Wait until a batch is placed and its rows are kept.
+
+        Raises:
+            RemoteError: the destination failed.
+            Left: from the job's checkpoint.
+        """
+        self._placing.remove(task)
+        await task
+
+    async def _put(
+        self,
+        walk: _Walk,
+        target: Target,
+        batch: Batch,
+        new: Sequence[Parcel],
+        made: list[Copy],
+        dropped: Sequence[Copy],
+    ) -> None:
+        """Place what is new, and keep the rows of all of a batch."""
         put = await self._sink.put(target.name, new, walk.row.id) if new else ()
         for parcel, placed in zip(new, put, strict=True):
             if isinstance(placed, Placed):
@@ -375,30 +399,11 @@ class Importer:
             records.drop(tx, dropped)
             records.add_copies(tx, made)
 
-        async def keep() -> None:
-            await self._commit(effects)
-            for parcel in batch.parcels:
-                if parcel.file is not None:
-                    parcel.file.unlink(missing_ok=True)
-            self._window.leave(batch.weight, done=sum(parcel.size for parcel in batch.parcels))
-
-        try:
-            await self._kept()
-        except Left:  # the rows before these are kept, and these are placed: they are kept too
-            await keep()
-            raise
-        self._keeping = asyncio.create_task(keep())
-        self._keeping.add_done_callback(lambda task: ready.put_nowait(Kept(task)))
-
-    async def _kept(self) -> None:
-        """Wait until the rows of the last batch are kept: that goes on while the next one is placed.
-
-        Raises:
-            Left: from the job's checkpoint.
-        """
-        keeping, self._keeping = self._keeping, None
-        if keeping is not None:
-            await keeping
+        await self._commit(effects)
+        for parcel in batch.parcels:
+            if parcel.file is not None:
+                parcel.file.unlink(missing_ok=True)
+        self._window.leave(batch.weight, done=sum(parcel.size for parcel in batch.parcels))
 
     def _copied(
         self,

@@ -77,6 +77,7 @@ class MaildirSink:
         self._escaped = escaped
         self._quota = quota_bytes
         self._owner = owner
+        self._turn = asyncio.Lock()  # of adding
         self._used: int | None = None  # bytes, once it is known
         self.separator = "/" if escaped else "."
         self._files: dict[str, dict[str, Path]] = {}  # by folder: base name -> file
@@ -280,7 +281,8 @@ class MaildirSink:
 
     async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         """See `Sink`."""
-        return await self._off(self._put, name, parcels, origin)
+        async with self._turn:
+            return await self._off(self._put, name, parcels, origin)
 
     def _put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         folder, files = self._folder(name), self._listed(name)

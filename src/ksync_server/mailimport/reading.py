@@ -157,7 +157,7 @@ class Reader:
                     await self._take_long(message, spool(message), put)
                 else:
                     most = 1 if self._singly else _BATCH
-                    if some and (weight + message.size > self._window.limit // 4 or len(some) >= most):
+                    if some and (weight + message.size > self._window.limit // 3 or len(some) >= most):
                         await self._ask(bodies, some, missing, put)
                         some, weight = [], 0
                     some.append(message)

@@ -147,7 +147,7 @@ class Sink(Protocol):
         """SHA-256 of messages, or of what `canonical` leaves of them; those that are gone are missing."""
 
     async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
-        """Add messages with their flags and dates.
+        """Add messages with their flags and dates; may be called again before it has returned.
 
         Args:
             origin: row of the source's folder: with its UID it names a message for good.
