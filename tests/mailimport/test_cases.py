@@ -27,7 +27,7 @@ from conformance.imap_server import (
     refuse_larger,
     refuse_nul,
 )
-from ksync_server.mailimport import importer
+from ksync_server.mailimport import walking
 from ksync_server.store.database import Database
 from tests.mailimport.harness import contents, exact, moving
 
@@ -428,7 +428,7 @@ def test_a_file_of_a_long_message_from_before_a_crash_of_the_machine_is_not_trus
         move.desk.runner().step()
         (left,) = (tmp_path / "spool").iterdir()
         left.write_bytes(b"\0" * left.stat().st_size)  # what some file systems leave
-        monkeypatch.setattr(importer, "_boot", lambda: "another")
+        monkeypatch.setattr(walking, "_boot", lambda: "another")
         move.desk.work()
         exact(move.imported.report or {}, 1)
     assert contents(target.account) == contents(source.account)

@@ -34,7 +34,8 @@ from ksync_server.mail import dovecot
 from ksync_server.mailimport import letters, records
 from ksync_server.mailimport.connection import Server, connect, ending
 from ksync_server.mailimport.imap_sink import ImapSink
-from ksync_server.mailimport.importer import Counters, Importer
+from ksync_server.mailimport.importer import Importer
+from ksync_server.mailimport.ledger import Counters, Ledger
 from ksync_server.mailimport.maildir_sink import MaildirSink
 from ksync_server.mailimport.plan import Folder, Map, Options, is_sane
 from ksync_server.mailimport.reading import DayIsOver
@@ -285,20 +286,21 @@ class _Run:
 
     async def _copy(self, options: Options, source: Source, sink: Sink, thread: Executor) -> dict[str, Any]:
         settings = self._settings.mail_import
-        importer = Importer(
-            self._job, self._database, settings, self._import, options, source, sink, thread, self._window
-        )
+        connection = source.connection
+        account = f"{connection.server.host} {connection.server.user}"
+        ledger = Ledger(self._job, self._database, thread, account, lambda: connection.received)
+        importer = Importer(ledger, settings, self._import, options, source, sink, self._window)
         folders, insane = sane(await source.folders())
         for name in insane:
-            importer.counters.differs(ascii(name)[:60], "a folder cannot be asked for by this name")
+            ledger.counters.differs(ascii(name)[:60], "a folder cannot be asked for by this name")
         where = Map(await sink.places(), sink.separator, sink.prefix, options, source.prefix)
         await importer.run(folders, where)
-        report = self._finished(importer)
+        report = self._finished(ledger)
         await self._name_refused(source, report)
         return report
 
-    def _finished(self, importer: Importer) -> dict[str, Any]:
-        self._job.state = {**(self._job.state or {}), "counters": importer.counters.kept()}
+    def _finished(self, ledger: Ledger) -> dict[str, Any]:
+        self._job.state = {**(self._job.state or {}), "counters": ledger.counters.kept()}
         return self.report()
 
     async def _name_refused(self, source: Source, report: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Bodies of the source, fetched ahead of what is placed: how much at once, and what of those that fail.
 
-    Reader.read -> requests under way -> Batch | Failed ... -> None
+    Reader.read -> requests under way -> Batch | Failed ...
 
 What came before a failure is handed on before the failure is raised, so nothing is fetched twice for it.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import RemoteError, Temporary
 from ksync_server.mailimport.connection import Refused, is_temporary, said
+from ksync_server.mailimport.ledger import Ledger
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.mailimport.source import Bodies, Poisoned, Source
 from ksync_server.wire.imap import Status
@@ -99,7 +100,7 @@ class Failed:
     weight: int
 
 
-Put = Callable[[Batch | Failed | None], None]  # None: nothing more comes
+Put = Callable[[Batch | Failed], None]
 
 
 class Reader:
@@ -107,8 +108,8 @@ class Reader:
 
     Args:
         longest: message that the destination takes, in bytes.
-        spent: bytes of the account's day that are counted, and the seconds until it starts anew.
-        singly: one message is asked for at a time, to find the one that cannot be read.
+        ledger: counts what is fetched, and says whether one message is asked for at a time, to find the one
+            that cannot be read.
     """
 
     def __init__(
@@ -117,21 +118,17 @@ class Reader:
         settings: configuration.MailImport,
         window: Window,
         longest: int | None,
-        spent: Callable[[], Awaitable[tuple[int, int]]],
-        *,
-        singly: bool,
+        ledger: Ledger,
     ) -> None:
-        self.fetched_bytes = 0
-        self._singly = singly
+        self._ledger = ledger
         self._source = source
         self._settings = settings
         self._window = window
         self._longest = min(settings.message_bytes, longest or settings.message_bytes)
-        self._spent = spent
         self._began = time.monotonic()
 
-    async def read(self, messages: Sequence[Message], spool: Callable[[Message], Path], put: Put) -> None:
-        """Fetch messages of the open folder; whatever happens, `put` is given None at the end.
+    async def read(self, messages: Iterable[Message], spool: Callable[[Message], Path], put: Put) -> None:
+        """Fetch messages of the open folder.
 
         Args:
             spool: gives a long message its file.
@@ -145,27 +142,24 @@ class Reader:
         missing: list[Message] = []
         some: list[Message] = []
         weight = 0
-        try:
-            for message in messages:
-                if message.size > self._longest:
-                    text = f"it has {message.size} bytes, the most is {self._longest}"
-                    put(Failed(message, text, 0))
-                elif message.size > self._settings.whole_bytes:
+        for message in messages:
+            if message.size > self._longest:
+                text = f"it has {message.size} bytes, the most is {self._longest}"
+                put(Failed(message, text, 0))
+            elif message.size > self._settings.whole_bytes:
+                await self._ask(bodies, some, missing, put)
+                await self._drain(bodies, missing, put)
+                some, weight = [], 0
+                await self._take_long(message, spool(message), put)
+            else:
+                most = 1 if self._ledger.singly else _BATCH
+                if some and (weight + message.size > self._window.limit // 3 or len(some) >= most):
                     await self._ask(bodies, some, missing, put)
-                    await self._drain(bodies, missing, put)
                     some, weight = [], 0
-                    await self._take_long(message, spool(message), put)
-                else:
-                    most = 1 if self._singly else _BATCH
-                    if some and (weight + message.size > self._window.limit // 3 or len(some) >= most):
-                        await self._ask(bodies, some, missing, put)
-                        some, weight = [], 0
-                    some.append(message)
-                    weight += message.size
-            await self._ask(bodies, some, missing, put)
-            await self._drain(bodies, missing, put)
-        finally:
-            put(None)
+                some.append(message)
+                weight += message.size
+        await self._ask(bodies, some, missing, put)
+        await self._drain(bodies, missing, put)
 
     async def _ask(
         self,
@@ -189,7 +183,7 @@ class Reader:
         parcels: list[Parcel] = []
         try:
             while isinstance(each := await bodies.take(), Parcel):
-                self.fetched_bytes += each.size
+                self._ledger.fetched_bytes += each.size
                 parcels.append(each)
                 most -= each.size
                 if most < 0:
@@ -213,7 +207,7 @@ class Reader:
             await bodies.ask([message])
             reason = "the server does not give it"
             while isinstance(each := await bodies.take(), Parcel):
-                self.fetched_bytes += each.size
+                self._ledger.fetched_bytes += each.size
                 put(Batch((each,), each.message.size))
             if not each.missing:
                 continue
@@ -245,7 +239,7 @@ class Reader:
             _require_of_a_message(error.status)
             reason = said(error.status)
         if parcel is not None:
-            self.fetched_bytes += parcel.size
+            self._ledger.fetched_bytes += parcel.size
             put(Batch((parcel,), weight))
         else:
             is_there = await self._source.is_there(message.uid)
@@ -260,7 +254,7 @@ class Reader:
         if self._source.is_gmail:
             daily = min(daily or self._settings.gmail_daily_bytes, self._settings.gmail_daily_bytes)
         if daily:
-            spent, rest_s = await self._spent()
+            spent, rest_s = await self._ledger.spent()
             if spent and spent + self._window.used + size > daily:
                 raise DayIsOver(rest_s)
 
