@@ -256,7 +256,7 @@ class MailImport(Section, frozen=True):
 
     plain: bool = False  # a server may be asked without TLS: passwords and mail are readable on the way
     message_bytes: int = 256 * MIB  # a longer message is refused and reported
-    whole_bytes: int = 1 * MIB  # a longer message is never held as a whole
+    whole_bytes: int = 2 * MIB  # a longer message is never held as a whole
     spool: Path = Path("data/spool")  # such messages are kept here until they are placed
     window_bytes: int = 6 * MIB  # fetched and not yet recorded, by all imports of a node: memory
     line_bytes: int = 1 * MIB  # longest line of a server, literals aside

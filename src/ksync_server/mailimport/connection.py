@@ -1,8 +1,9 @@
 """One connection to an IMAP server: TLS, log-in, pipelined commands, bodies that are never held whole.
 
-Answers are matched to commands by tag; untagged data go to the oldest command that is not answered. Some
-servers (Dovecot) work on several FETCH commands at once, so those under way share one inlet and tell messages
-apart by UID (RFC 3501 §5.5). Reading pauses while nobody takes what came.
+Answers are matched to commands by tag; untagged data go to the oldest command that is not answered, what is
+said of messages to the oldest that fetches. Some servers (Dovecot) work on several FETCH commands at once, so
+those under way share one inlet and tell messages apart by UID (RFC 3501 §5.5). Reading pauses while nobody
+takes what came.
 """
 
 from __future__ import annotations
@@ -342,9 +343,8 @@ class Connection(asyncio.Protocol):
 
     def _literal_start(self, event: LiteralStart) -> None:
         size, head = event.size, self._text
-        oldest = self._pending[0] if self._pending else None
         self._left = size
-        inlet = oldest.inlet if oldest is not None else None
+        inlet = next((pending.inlet for pending in self._pending if pending.inlet is not None), None)
         if inlet is not None and inlet.bodies and _BODY.search(head):
             self._streaming = inlet
             uid = _UID.search(head)
@@ -378,7 +378,7 @@ class Connection(asyncio.Protocol):
         elif isinstance(response, Data | Fetched):
             if isinstance(response, Data) and response.name == "CAPABILITY":
                 self.capabilities = _capabilities(response.values)
-            oldest = self._pending[0] if self._pending else None
+            oldest = self._asker(response)
             if oldest is None:
                 return  # unasked for
             oldest.answers += 1
@@ -392,6 +392,14 @@ class Connection(asyncio.Protocol):
             self._tagged(response)
         else:
             self._untagged(response)
+
+    def _asker(self, response: Data | Fetched) -> Pending | None:
+        """The command that untagged data answer: what is said of a message is for those that fetch."""
+        if isinstance(response, Fetched) or response.name == "EXPUNGE":
+            for pending in self._pending:
+                if pending.inlet is not None:
+                    return pending
+        return self._pending[0] if self._pending else None
 
     def _tagged(self, status: Status) -> None:
         for pending in self._pending:

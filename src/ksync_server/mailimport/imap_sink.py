@@ -31,7 +31,7 @@ from ksync_server.wire.imap import Fetched
 
 _FULL = frozenset({"OVERQUOTA"})
 _FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
-_PIECE = 64 << 10  # read from a file and sent at once
+_PIECE = 256 << 10  # read from a file and sent at once
 _STATUS_AT_ONCE = 20
 _AT_ONCE = 500  # messages of one COPY
 _SYSTEM = frozenset({"\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Seen"})
@@ -199,6 +199,8 @@ class ImapSink:
 
     async def look(self, name: str, handles: Iterable[str]) -> AsyncIterator[tuple[str, Seen]]:
         """See `Sink`."""
+        if self._selected == name:  # it was opened before the newest came
+            await self._connection.ask("NOOP")
         await self._select(name)
         for uids in imap.sequence_set(map(int, handles)):
             async for found in self._seen(uids):

@@ -146,7 +146,7 @@ class Reader:
             if message.size > self._longest:
                 text = f"it has {message.size} bytes, the most is {self._longest}"
                 put(Failed(message, text, 0))
-            elif message.size > self._settings.whole_bytes:
+            elif message.size > min(self._settings.whole_bytes, self._window.limit):
                 await self._ask(bodies, some, missing, put)
                 await self._drain(bodies, missing, put)
                 some, weight = [], 0

@@ -1,0 +1,145 @@
+"""What is asked before the last answer came: nothing is mixed up, and nothing is asked in vain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from conformance.imap_server import MODERN, No, Rule, Server
+from ksync_server import settings
+from ksync_server.mailimport import connection
+from ksync_server.mailimport.connection import Connection
+from ksync_server.mailimport.imap_sink import ImapSink
+from ksync_server.store.database import Database
+from tests.mailimport.harness import contents, exact, moving
+
+
+class Wire:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def talk(conversation: Callable[[Connection, Wire], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        made = Connection(connection.Server("mail.example.org", 143, "alice"), settings.MailImport())
+        made.capabilities = frozenset({"LITERAL+", "UIDPLUS"})
+        wire = Wire()
+        made.connection_made(cast(asyncio.Transport, wire))
+        await conversation(made, wire)
+        made.abort()
+
+    asyncio.run(run())
+
+
+@pytest.mark.spec("RFC 3501 §5.5")
+def test_what_is_said_of_messages_is_for_who_asked_about_messages() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        append = await made.send("APPEND", b"INBOX", b"x")
+        stream = await made.stream("UID FETCH", "7", "(UID FLAGS)")
+        made.data_received(b"* 3 FETCH (UID 7 FLAGS (\\Seen))\r\n* 3 EXPUNGE\r\nk2 OK\r\nk1 OK\r\n")
+        said = [each async for each in stream]
+        assert len(said) == 2
+        assert not (await made.answer(append)).data
+
+    talk(conversation)
+
+
+@pytest.mark.spec("RFC 3501 §7.5")
+def test_the_answer_to_one_command_lets_no_other_send_its_literal() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        made.capabilities = frozenset()
+        first = await made.send("NOOP")
+        second = asyncio.create_task(made.send("LOGIN", b"\xe9", b"secret"))
+        await asyncio.sleep(0)
+        made.data_received(b"k1 OK\r\n")
+        await asyncio.sleep(0)
+        assert first.answered.done()
+        assert wire.written.endswith(b"{1}\r\n")
+        made.data_received(b"+ go on\r\n")
+        await second
+        assert wire.written.endswith(b'\xe9 "secret"\r\n')
+
+    talk(conversation)
+
+
+def test_no_command_is_written_into_the_literal_of_another() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        made.capabilities = frozenset()
+        first = asyncio.create_task(made.send("LOGIN", b"\xe9", b"secret"))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(made.send("NOOP"))
+        await asyncio.sleep(0)
+        assert b"NOOP" not in wire.written
+        made.data_received(b"+ go on\r\n")
+        await first
+        await second
+        assert wire.written.endswith(b'\xe9 "secret"\r\nk2 NOOP\r\n')
+
+    talk(conversation)
+
+
+def test_a_command_that_is_cut_in_its_literal_ends_the_connection() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        made.capabilities = frozenset()
+        cut = asyncio.create_task(made.send("LOGIN", b"\xe9", b"secret"))
+        await asyncio.sleep(0)
+        cut.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cut
+        assert not made.is_open
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize("gone", [(), ("MULTIAPPEND",), ("MULTIAPPEND", "LITERAL+"), ("UIDPLUS",)])
+def test_the_next_message_is_sent_before_the_last_one_is_answered(
+    lite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: tuple[str, ...]
+) -> None:
+    under_way, most, append = 0, 0, ImapSink._append
+
+    async def counted(sink: ImapSink, *arguments: Any, **more: Any) -> list[str]:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await append(sink, *arguments, **more)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(ImapSink, "_append", counted)
+    source, target = Server(), Server(features=MODERN - set(gone))
+    for number in range(60):
+        source.account.add("INBOX", b"Subject: %d\r\n\r\n" % number + b"x" * 20_000)
+    with moving(lite, tmp_path, source, target, window_bytes=400_000) as move:
+        exact(move.go(), 60)
+    assert contents(target.account) == contents(source.account)
+    assert [each.body[:12] for each in target.folders["INBOX"].messages] == [
+        each.body[:12] for each in source.folders["INBOX"].messages
+    ]
+    assert not target.violations
+    assert most == 1 if "UIDPLUS" in gone else most > 1
+
+
+def test_bodies_for_a_folder_that_cannot_be_made_are_not_fetched_on(lite: Database, tmp_path: Path) -> None:
+    source, target = Server(), Server(rules=[Rule(No("not this one"), "CREATE", times=None)])
+    source.account.add("Forbidden", b"Subject: first\r\n\r\n")
+    for number in range(100):
+        source.account.add("Forbidden", b"Subject: %d\r\n\r\n" % number + b"x" * 50_000)
+    source.account.add("INBOX", b"Subject: other\r\n\r\n")
+    with moving(lite, tmp_path, source, target, window_bytes=400_000) as move:
+        report = move.go()
+    assert (report["copied"], report["found"]) == (1, 102)
+    assert "101 messages have no place" in report["differences"][0]
+    assert source.statistics.body_bytes < 1_000_000
