@@ -9,6 +9,7 @@ waits longer than twice the mean. imapsync is in no package registry and is left
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -21,19 +22,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.measure import verdict
+import sqlalchemy as sa
+
+from bench.measure import proportional_bytes, verdict
 from conformance import dovecot, mail_corpus, mailboxes, mbsync
 from conformance.dovecot import PASSWORD, Dovecot
 from conformance.imap_server import Account, Server, serving
 from conformance.import_worker import Office, office
-from conformance.servers import REPOSITORY
+from conformance.servers import REPOSITORY, demo
 from conformance.tap import tapped
+from ksync_server import settings
+from ksync_server.auth import keys
+from ksync_server.mailimport import passes
+from ksync_server.store import tables as t
+from ksync_server.store.database import Database
+from tests.mailimport.harness import desk
 
 _SOURCE = "source@example.org"
 _DELAY_MS = 20
 _COPIES = 750  # of Gmail's 300 messages, as its folders show them
 _LONG_BYTES = 60_000_000
 _ACCOUNTS = 100
+_HOLDERS = sa.select(t.job.c.worker).where(t.job.c.kind == passes.KIND, t.job.c.state == "running")
 
 
 def main(count: int = 5000) -> bool:
@@ -52,6 +62,7 @@ def main(count: int = 5000) -> bool:
                     _distant(folder / "distant", here),
                     _gmail(folder / "gmail", here),
                     _memory(folder / "memory", there, here),
+                    _memory_of_server(folder / "server", there, here),
                     _long_message(folder / "long", here),
                     _kills(folder / "kills", there, here, count, size),
                     _fairness(folder / "fairness"),
@@ -191,6 +202,37 @@ def _memory(folder: Path, there: Dovecot, here: Dovecot) -> bool:
         most = running.memory("VmHWM")
     print(f"memory: {idle / 1e6:.1f} MB before the first import, {most / 1e6:.1f} MB with four at once")
     return verdict("MB resident with four accounts at once", most / 1e6, 96, at_least=False)
+
+
+def _memory_of_server(folder: Path, there: Dovecot, here: Dovecot) -> bool:
+    """The same in a server that runs: what its job worker has for itself, and its share of what all workers have."""
+    plain = ["mail_import.plain=true", 'outbound.private_networks=["127.0.0.0/8"]']
+    with demo(folder / "demo", settings=plain) as running:
+        database = Database(settings.Database(url=f"sqlite:///{running.data / 'ksync.db'}"))
+        ordered = dataclasses.replace(desk(database, folder), keys=keys.load(running.data / "keys.toml"))
+        numbers = [
+            ordered.order(
+                there.port,
+                here.port,
+                source={"user": _SOURCE},
+                source_secret=PASSWORD,
+                target_secret=PASSWORD,
+                target_user=f"server{number}@example.org",
+            )
+            for number in range(4)
+        ]
+        most, until = 0, time.monotonic() + 120
+        while (states := {ordered.imported(number).state for number in numbers}) != {"done"}:
+            assert time.monotonic() < until, states
+            with database.read() as tx:
+                holders = {str(holder) for (holder,) in tx.execute(_HOLDERS)}
+            for holder in holders:
+                most = max(most, proportional_bytes(int(holder.rpartition("/")[2])))
+            time.sleep(0.02)
+        database.close()
+    return verdict(
+        "MB of the server's job worker (PSS), four accounts at once", most / 1e6, 96, at_least=False
+    )
 
 
 def _long_message(folder: Path, here: Dovecot) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import threading
 import time
@@ -44,6 +45,7 @@ GMAIL = MODERN - {"LITERAL+", "MULTIAPPEND", "STATUS=SIZE", "CREATE-SPECIAL-USE"
 
 
 _USUAL = Order()
+_RECEIVED = 256 << 10  # bytes that a socket holds unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ class Server:
         self._stop = asyncio.Event()
         context = self.context if self.tls == "implicit" else None
         listener = await asyncio.start_server(self._accept, "127.0.0.1", port, ssl=context, backlog=1024)
+        # A server that stalls must not have in its socket what it has not read: accepted ones are like this one.
+        listener.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVED)
         ports.append(listener.sockets[0].getsockname()[1])
         started.set()
         try:

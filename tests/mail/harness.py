@@ -201,7 +201,8 @@ def relay(
     async def stop() -> None:
         server.close()
         for transport in list(state.open):
-            transport.abort()
+            with contextlib.suppress(AttributeError):  # closed twice: Python 3.11 has let go of it
+                transport.abort()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import ssl
 import zlib
 from base64 import b64encode
@@ -39,6 +40,7 @@ from ksync_server.wire.imap import (
 SECURITIES = ("tls", "starttls", "none")
 MECHANISMS = ("password", "xoauth2")
 
+_UNSENT = 256 << 10  # bytes that wait to be sent, in the process and in its socket
 _HELD = 512 << 10  # bytes of bodies that wait in a connection to be taken
 _READ = 64 << 10  # asked of zlib at once
 _SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
@@ -283,7 +285,10 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=256 << 10)
+        self._transport.set_write_buffer_limits(high=_UNSENT)
+        if (own := transport.get_extra_info("socket")) is not None:
+            # What is given away can be taken back no more, so little of it waits here (`Job.require_lease`).
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         if self._watch is None:
             self._watch = self._loop.call_later(_WATCH_S, self._look)
 
