@@ -36,7 +36,7 @@ from ksync_server.auth import keys
 from ksync_server.mailimport import passes
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
-from tests.mailimport.harness import desk
+from tests.mailimport.harness import Desk, desk
 
 _SOURCE = "source@example.org"
 _DELAY_MS = 20
@@ -183,21 +183,26 @@ def _gmail(folder: Path, here: Dovecot) -> bool:
 # -- memory -------------------------------------------------------------------------------------------
 
 
+def _four(ordered: Desk, there: Dovecot, here: Dovecot, name: str) -> list[int]:
+    """Order four imports of the large mailbox."""
+    secrets = {"source_secret": PASSWORD, "target_secret": PASSWORD}
+    return [
+        ordered.order(
+            there.port,
+            here.port,
+            source={"user": _SOURCE},
+            target_user=f"{name}{number}@example.org",
+            **secrets,
+        )
+        for number in range(4)
+    ]
+
+
 def _memory(folder: Path, there: Dovecot, here: Dovecot) -> bool:
     """Four mailboxes at the same time in one process."""
     with _office(folder, how="stay") as running:
         idle = running.memory()
-        numbers = [
-            running.desk.order(
-                there.port,
-                here.port,
-                source={"user": _SOURCE},
-                source_secret=PASSWORD,
-                target_secret=PASSWORD,
-                target_user=f"memory{number}@example.org",
-            )
-            for number in range(4)
-        ]
+        numbers = _four(running.desk, there, here, "memory")
         _finish(running, *numbers)
         most = running.memory("VmHWM")
     print(f"memory: {idle / 1e6:.1f} MB before the first import, {most / 1e6:.1f} MB with four at once")
@@ -210,17 +215,7 @@ def _memory_of_server(folder: Path, there: Dovecot, here: Dovecot) -> bool:
     with demo(folder / "demo", settings=plain) as running:
         database = Database(settings.Database(url=f"sqlite:///{running.data / 'ksync.db'}"))
         ordered = dataclasses.replace(desk(database, folder), keys=keys.load(running.data / "keys.toml"))
-        numbers = [
-            ordered.order(
-                there.port,
-                here.port,
-                source={"user": _SOURCE},
-                source_secret=PASSWORD,
-                target_secret=PASSWORD,
-                target_user=f"server{number}@example.org",
-            )
-            for number in range(4)
-        ]
+        numbers = _four(ordered, there, here, "server")
         most, until = 0, time.monotonic() + 120
         while (states := {ordered.imported(number).state for number in numbers}) != {"done"}:
             assert time.monotonic() < until, states

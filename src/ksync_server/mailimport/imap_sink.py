@@ -31,7 +31,7 @@ from ksync_server.wire.imap import Fetched
 
 _FULL = frozenset({"OVERQUOTA"})
 _FULL_WORDS = ("quota", "mailbox is full", "no space", "disk full")
-_PIECE = 256 << 10  # read from a file and sent at once
+_PIECE = 128 << 10  # read from a file and sent at once
 _STATUS_AT_ONCE = 20
 _AT_ONCE = 500  # messages of one COPY
 _SYSTEM = frozenset({"\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Seen"})
