@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from conformance import mail_corpus
 from conformance.imap_server import GMAIL, MODERN, Account, Bye, Drop, GmailAccount, No, Order, Rule, Server
+from ksync_server.jobs import LeaseLost
+from ksync_server.mailimport import walking
+from ksync_server.mailimport.ledger import Ledger
+from ksync_server.mailimport.records import ENDED
+from ksync_server.store import tables as t
 from ksync_server.store.database import Database
-from tests.mailimport.harness import contents, moving
+from tests.mailimport.harness import Move, contents, moving
 from tests.mailimport.test_cases import BODY
 from tests.mailimport.test_gmail import held, wanted
 
@@ -113,4 +122,81 @@ def test_gmail_arrives_whole_through_a_storm(lite: Database, tmp_path: Path, see
     assert {
         name: found for name, found in wanted(account).items() if held(target.account).get(name) != found
     } == {}
+    assert not source.violations + target.violations
+
+
+def _work_through_crashes(
+    move: Move, lite: Database, random: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run until the import ends; some runs keep nothing from one of their commits on: they died there."""
+    commit, crashes = Ledger.commit, 0
+    for _ in range(300):
+        again = (
+            sa.update(t.job).where(t.job.c.state.in_(("ready", "running"))).values(state="ready", run_at=0)
+        )
+        lite.write(lambda tx, again=again: tx.execute(again))
+        left = random.choice([0, 1, 2, 3, 5, 8, 1000, 1000]) if crashes < 12 else 1_000_000
+
+        async def dying(ledger: Ledger, *arguments: Any) -> None:
+            nonlocal left, crashes
+            left -= 1
+            if left < 0:
+                crashes += left == -1
+                raise LeaseLost("import")
+            await commit(ledger, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "commit", dying)
+            move.desk.runner().step()
+        if move.state in ENDED:
+            return
+    raise AssertionError(f"it never ends: {move.desk.job(move.number or 0)}")
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_messages_alike_arrive_whole_through_crashes(
+    lite: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seed: int,
+) -> None:
+    random = Random(seed)
+    monkeypatch.setattr(walking, "_SCAN_UIDS", random.choice([3, 7, 20, 5000]))
+    source = Server(features=features(random), order=order(random), rules=troubles(random, _ASKED))
+    target = Server(features=features(random), order=order(random), rules=troubles(random, _TOLD))
+    mail_corpus.fill(source.account, mail_corpus.generate(60, folders=4, median_bytes=3000, mean_bytes=6000))
+    names = [name for name, folder in source.folders.items() if folder.messages]
+    for number in range(40):
+        flags = random.sample(["\\Seen", "\\Flagged", "$a", "$b", "NonJunk"], random.randint(0, 3))
+        source.account.add(random.choice(names), BODY % (number % 3, 0), flags=flags)
+    rename = [(name, "Both") for name in names] if random.random() < 0.5 else []
+    for name in names[:2]:
+        for mail in random.sample(source.folders[name].messages, 4):
+            target.account.add(dict(rename).get(name, name), mail.body, internal_date=mail.internal_date)
+    sizes = {
+        "whole_bytes": random.choice([2000, 8000, 1 << 20]),
+        "window_bytes": random.choice([20_000, 60_000, 200_000, 1 << 20]),
+    }
+
+    def expected() -> Counter[tuple[object, ...]]:
+        found: Counter[tuple[object, ...]] = Counter()
+        for (name, *rest), many in contents(source.account).items():
+            found[(dict(rename).get(str(name), name), *rest)] += many
+        return found
+
+    with moving(lite, tmp_path, source, target, timeout_s=20.0, back_off_s=0.001, **sizes) as move:
+        for _ in range(2):
+            move.order(options={"rename": rename})
+            _work_through_crashes(move, lite, random, monkeypatch)
+            assert (move.state, (move.imported.report or {})["differences"]) == ("done", [])
+            assert contents(target.account) == expected()
+            for name in names:
+                for number in range(random.randint(0, 4)):
+                    source.account.add(name, BODY % (number, number))
+    with lite.read() as tx:
+        rows = [tuple(row) for row in tx.execute(sa.select(t.mail_copy.c.handle, t.mail_copy.c.target_id))]
+    assert len(set(rows)) == len(rows)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
     assert not source.violations + target.violations

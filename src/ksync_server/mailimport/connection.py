@@ -112,6 +112,14 @@ def is_temporary(status: Status) -> bool:
     return status.word == "BYE" or status.code in _LATER or bool(_LATER_WORDS.search(status.text))
 
 
+def is_of_a_message(status: Status) -> bool:
+    """Whether a refused body is the message's matter: the server does not say that it will do better later.
+
+    SERVERBUG is no such promise: Dovecot says it of each message that it cannot read, for ever.
+    """
+    return status.code == "SERVERBUG" or not is_temporary(status)
+
+
 # -- what comes in ----------------------------------------------------------------------------------
 
 
@@ -413,6 +421,8 @@ class Connection(asyncio.Protocol):
         else:
             raise BadRequest(f"an answer to {status.tag}, which was not asked")
         self._pending.remove(pending)
+        if pending.inlet is None and self._pending and self._pending[0].inlet is not None:
+            self._since, self._heard_bytes = self._loop.time(), self.received  # its answer begins now
         if status.code == "CAPABILITY":
             self.capabilities = _capabilities(status.arguments)
         if not pending.answered.done():
@@ -488,6 +498,11 @@ class Connection(asyncio.Protocol):
     # -- writing ------------------------------------------------------------------------------------
 
     @property
+    def longest(self) -> int:
+        """Bytes of the longest message that is read."""
+        return self._settings.message_bytes
+
+    @property
     def is_open(self) -> bool:
         """Whether commands can be sent."""
         return self._error is None
@@ -535,7 +550,7 @@ class Connection(asyncio.Protocol):
                 yield
 
     def begin(self, name: str, inlet: Inlet | None = None) -> Pending:
-        """Start a command line, inside of `writing`: its tag and name are written."""
+        """Start a command line by its tag and name, inside of `writing` where there may be others."""
         self.commands += 1
         pending = Pending(f"k{self.commands}", name, self._loop.create_future(), inlet=inlet)
         self.write(f"{pending.tag} {name}".encode("ascii"))

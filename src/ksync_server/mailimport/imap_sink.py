@@ -1,7 +1,7 @@
 """A destination behind IMAP: any server, ours included.
 
-One connection. Messages go in batches where the server has MULTIAPPEND, else one by one, and the next without
-waiting for the answer to the last. UIDs come from UIDPLUS, or are asked for where a server has it not.
+One connection. Messages go in batches where the server has MULTIAPPEND, else one by one. Where UIDPLUS says
+which UIDs they got, the next are sent without waiting for the answer to the last; else that is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from ksync_server.errors import BadRequest, Temporary
-from ksync_server.mailimport.connection import Connection, Piece, Refused, Start, is_temporary, said, together
+from ksync_server.mailimport.connection import (
+    Connection,
+    Piece,
+    Refused,
+    Start,
+    is_of_a_message,
+    is_temporary,
+    said,
+    together,
+)
 from ksync_server.mailimport.sinks import (
     Full,
     Held,
@@ -53,6 +62,7 @@ class ImapSink:
         self._require_turn = require_turn
         self._selected = ""
         self._permitted: frozenset[str] | None = None  # keywords of the selected folder; None = any
+        self._order = asyncio.Lock()  # of batches
         self._alone = asyncio.Lock()  # where UIDs are told by what is new in a folder
         self.separator = "/"
         self.prefix = ""
@@ -192,7 +202,7 @@ class ImapSink:
         """See `Sink`."""
         await self._select(name)
         return [
-            Stranger(handle, seen.size, seen.received)
+            Stranger(handle, seen.size, seen.received, seen.flags)
             async for handle, seen in self._seen(f"{since}:*")
             if int(handle) >= since  # `n:*` is never empty: it gives the last message (RFC 3501 §9)
         ]
@@ -218,18 +228,41 @@ class ImapSink:
         """See `Sink`."""
         await self._select(name)
         digests: dict[str, bytes] = {}
-        for uids in imap.sequence_set(map(int, handles)):
-            hashed = hashlib.sha256()
-            async for each in await self._connection.stream(
-                "UID FETCH", uids, "(UID BODY.PEEK[])", bodies=True
-            ):
-                if isinstance(each, Start):
-                    hashed = hashlib.sha256()
-                elif isinstance(each, Piece):
-                    hashed.update(canonical(each.data) if as_stored else each.data)
-                elif isinstance(each, Fetched) and "BODY[]" in each.found:
-                    digests[str(imap.number(each.found.get("UID")))] = hashed.digest()
+        wanted = list(handles)
+        for uids in imap.sequence_set(map(int, wanted)):
+            try:
+                await self._digest(uids, digests, as_stored)
+            except Refused as error:
+                self._require_of_a_message(error)
+                for handle in wanted:  # those that can be read are not worse for it
+                    if handle not in digests:
+                        try:
+                            await self._digest(handle, digests, as_stored)
+                        except Refused as one:
+                            self._require_of_a_message(one)
+                break
         return digests
+
+    async def _digest(self, uids: str, digests: dict[str, bytes], as_stored: bool) -> None:
+        hashed = None
+        async for each in await self._connection.stream("UID FETCH", uids, "(UID BODY.PEEK[])", bodies=True):
+            if isinstance(each, Start):
+                if each.size > self._connection.longest:
+                    raise BadRequest(f"the destination sends {each.size} bytes for a message")
+                hashed = hashlib.sha256()
+            elif isinstance(each, Piece) and hashed is not None:
+                hashed.update(canonical(each.data) if as_stored else each.data)
+            elif isinstance(each, Fetched):
+                body, uid = each.found.get("BODY[]"), each.found.get("UID")
+                if isinstance(body, bytes):  # a short one may come in quotes
+                    hashed = hashlib.sha256(canonical(body) if as_stored else body)
+                if hashed is not None and uid is not None:
+                    digests[str(imap.number(uid))] = hashed.digest()
+                hashed = None
+
+    def _require_of_a_message(self, error: Refused) -> None:
+        if not is_of_a_message(error.status):
+            raise Temporary(f"the destination: {said(error.status)}") from None
 
     # -- what is added ----------------------------------------------------------------------------
 
@@ -239,8 +272,9 @@ class ImapSink:
         Spec: RFC 3502 §6.3.11: a message without a byte would cancel all that goes with it.
         """
         filled = [parcel for parcel in parcels if parcel.size]
-        if not all(_SYSTEM.issuperset(parcel.message.flags) for parcel in filled):
-            await self._select(name)  # it says which keywords it keeps
+        async with self._order:  # none goes before one that asks
+            if not all(_SYSTEM.issuperset(parcel.message.flags) for parcel in filled):
+                await self._select(name)  # it says which keywords it keeps
         async with contextlib.nullcontext() if self._says_uids else self._alone:
             placed = iter(await self._put(name, filled) if filled else ())
         return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
@@ -251,9 +285,8 @@ class ImapSink:
         if "MULTIAPPEND" not in self._connection.capabilities:
             if not self._says_uids:
                 return [await self._put_one(name, parcel) for parcel in parcels]
-            sent = [asyncio.create_task(self._put_one(name, parcel)) for parcel in parcels]
-            await asyncio.wait(sent)  # all of them, whatever one comes to
-            return [await each for each in sent]
+            sent = (self._put_one(name, parcel) for parcel in parcels)
+            return _all_of(await asyncio.gather(*sent, return_exceptions=True))
         try:
             uids = await self._append(name, parcels)
         except Refused as error:
@@ -388,11 +421,15 @@ class ImapSink:
                     made |= {str(uid): each.handle for uid, each in zip(some, found_there, strict=True)}
         return made
 
-    async def flag(self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]) -> None:
+    async def flag(
+        self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]
+    ) -> frozenset[str]:
         """See `Sink`."""
         await self._select(name)
         groups: dict[tuple[str, frozenset[str]], list[int]] = {}
+        lost: set[str] = set()
         for handle, added, removed in changes:
+            lost |= {flag for flag in added if not self._keeps(flag)}
             for sign, flags in (("+", added), ("-", removed)):
                 kept = frozenset(flag for flag in flags if self._keeps(flag))
                 if kept:
@@ -406,6 +443,7 @@ class ImapSink:
                 except Refused as error:
                     self._raise_where_temporary(error)
                     raise
+        return frozenset(lost)
 
     def _keeps(self, flag: str) -> bool:
         if flag in _SYSTEM:
@@ -419,6 +457,16 @@ class ImapSink:
     def abort(self) -> None:
         """See `Sink`."""
         self._connection.abort()
+
+
+def _all_of(found: Sequence[Placed | Unwanted | BaseException]) -> list[Placed | Unwanted]:
+    """What all came to; the first failure is raised once all have ended."""
+    placed = []
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+        placed.append(each)
+    return placed
 
 
 def _copied(status: imap.Status) -> dict[str, str]:

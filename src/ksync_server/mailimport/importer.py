@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 
 from ksync_server import settings as configuration
-from ksync_server.errors import KsyncError, Temporary
-from ksync_server.jobs import Left
+from ksync_server.errors import RemoteError, Temporary
+from ksync_server.jobs import LeaseLost, Left
 from ksync_server.mailimport import plan as plans
 from ksync_server.mailimport import records
 from ksync_server.mailimport.connection import Refused
@@ -29,8 +28,7 @@ from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, Copy, Targe
 from ksync_server.mailimport.sinks import Message, Parcel, Placed, Seen, Sink, Unmade
 from ksync_server.mailimport.source import Source
 from ksync_server.mailimport.targets import Recognised, Target
-from ksync_server.mailimport.walking import Came, Empty, Settled, Step, Stretch, Walker, for_good
-from ksync_server.store.database import Write
+from ksync_server.mailimport.walking import Came, Empty, Renumbered, Settled, Step, Stretch, Walker, for_good
 
 _AT_ONCE = 3  # batches on their way: one is written, one is answered, the rows of one are kept
 _Placing = asyncio.Task[None]  # of a batch, until its rows are kept
@@ -75,7 +73,7 @@ class Importer:
         """Copy all folders.
 
         Raises:
-            Permanent: nothing is left to import.
+            BadRequest: nothing is left to import, or a server says what no server may.
             RemoteError: a server failed; what is placed is recorded, the rest goes on later.
             Left: from the job's checkpoints.
         """
@@ -100,13 +98,17 @@ class Importer:
             ledger.singly = True
             await ledger.commit(lambda tx: None)
             raise
+        except BaseException as error:
+            if isinstance(error, LeaseLost) or not isinstance(error, RemoteError | Left):
+                self._sink.abort()  # what is under way is not waited for
+            raise
         finally:
-            while self._placing:  # one of them failed, or something else: rows of the others are kept
-                with suppress(KsyncError, Left):
-                    await self._placed(self._placing[0])
             walk.cancel()
-            with suppress(asyncio.CancelledError, KsyncError):
-                await walk
+            rest = [*self._placing, walk]
+            await asyncio.wait(rest)  # what was being placed beside a failure has its rows by now
+            for task in rest:
+                if not task.cancelled():
+                    task.exception()  # the first one is raised already
         settled = [(target.row.id, target.newest + 1) for target in self._targets.values()]
         await ledger.write(records.settle_targets, settled)  # nobody need ask any more what is there
         self._counters.commands += self._source.connection.commands + self._sink.commands
@@ -120,6 +122,10 @@ class Importer:
             await self._flags(each)
             await self._check(each)
             self._walker.done()
+        elif isinstance(each, Renumbered):
+            await self._all_placed()
+            for target in self._targets.values():
+                target.meet((), await self._ledger.read(records.retired, self._import.id, target.row.id))
         elif isinstance(each, Empty):
             try:
                 await self._open_target(each.name)
@@ -151,14 +157,15 @@ class Importer:
             await self._all_placed()
             self._current = came.name
         target = None
-        if came.name not in stretch.unmade:
+        if came.name not in self._ledger.unmade:
             try:
                 target = await self._open_target(came.name)
             except Unmade as error:
-                stretch.unmade.add(came.name)
+                self._ledger.unmade.append(came.name)
                 stretch.visit.is_whole = False
                 many = len(stretch.wanted[came.name])
                 self._counters.differs(came.name, f"{many} messages have no place: {error}")
+                await self._ledger.commit(lambda tx: None)
         if target is None:
             self._window.leave(what.weight)
         elif isinstance(what, Failed):
@@ -203,7 +210,6 @@ class Importer:
             made.append(self._recognised(stretch, target, parcel, found))
             if found.replaced is not None:
                 dropped.append(found.replaced)
-            self._counters.add(found.how, 0)
         task = asyncio.create_task(self._put(stretch, target, batch, new, made, dropped))
         self._placing.append(task)
         return task
@@ -233,6 +239,8 @@ class Importer:
     ) -> None:
         """Place what is new, and keep the rows of all of a batch."""
         put = await self._sink.put(target.name, new, stretch.source_id) if new else ()
+        for copy in made:
+            self._counters.add(copy.how, 0)
         for parcel, placed in zip(new, put, strict=True):
             if isinstance(placed, Placed):
                 made.append(self._copied(stretch, target, parcel, placed.handle, COPIED, placed.lost))
@@ -246,11 +254,7 @@ class Importer:
             if copy.handle:
                 stretch.copies.setdefault(copy.uid, []).append(copy)
 
-        def effects(tx: Write) -> None:
-            records.drop(tx, dropped)
-            records.add_copies(tx, made)
-
-        await self._ledger.commit(effects)
+        await self._ledger.commit(records.replace_copies, dropped, made)
         for parcel in batch.parcels:
             if parcel.file is not None:
                 parcel.file.unlink(missing_ok=True)
@@ -282,7 +286,7 @@ class Importer:
     def _recognised(self, stretch: Stretch, target: Target, parcel: Parcel, found: Recognised) -> Copy:
         """A row for a message that is there; flags of the source that it may not have are added."""
         copy = self._copied(stretch, target, parcel, found.handle, found.how)
-        copy = copy._replace(flags=() if found.replaced is None else found.replaced.flags)
+        copy = copy._replace(flags=found.flags)
         if copy.flags != parcel.message.flags:
             stretch.flags.setdefault(target.name, []).append((copy, parcel.message.flags))
         return copy
@@ -323,6 +327,7 @@ class Importer:
                 continue
             from_there: dict[str, Copy] = {}
             made: list[Copy] = []
+            dropped: list[Copy] = []
             for message in messages:
                 copies = stretch.copies.get(message.uid, ())
                 copy = next(
@@ -337,6 +342,8 @@ class Importer:
                         found = replace(found, how=LINKED)
                     made.append(self._recognised(stretch, target, parcel, found))
                     self._counters.add(found.how, 0)
+                    if found.replaced is not None:
+                        dropped.append(found.replaced)
                 else:
                     from_there[copy.handle] = copy
             linked: Mapping[str, str] = {}
@@ -354,8 +361,7 @@ class Importer:
                 stretch.copies.setdefault(each.uid, []).append(each)
                 stretch.linked.add((each.uid, each.target_id))
             if made:
-                rows = tuple(made)
-                await self._ledger.commit(records.add_copies, rows)
+                await self._ledger.commit(records.replace_copies, dropped, made)
             for handle, copy in from_there.items():
                 if handle not in linked:
                     self._counters.differs(name, f"UID {copy.uid} of the source could not be added")
@@ -365,7 +371,7 @@ class Importer:
         for name, changed in stretch.flags.items():
             await self._open_target(name)
             try:
-                await self._sink.flag(
+                lost = await self._sink.flag(
                     name,
                     (
                         (
@@ -381,8 +387,9 @@ class Importer:
                 stretch.visit.is_whole = False
                 continue
             self._counters.flags += len(changed)
-            await self._ledger.commit(records.carry_flags, changed)
-            for copy, flags in changed:
+            carried = [(copy, tuple(flag for flag in flags if flag not in lost)) for copy, flags in changed]
+            await self._ledger.commit(records.carry_flags, carried)
+            for copy, flags in carried:
                 copies = stretch.copies.get(copy.uid, [])
                 if copy in copies:  # what was taken away is not missed
                     kept = tuple(flag for flag in copy.flags if flag in flags)

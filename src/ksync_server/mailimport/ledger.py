@@ -75,6 +75,9 @@ class Ledger:
         self.crashes = int(state.get("crashes", 0))
         self.singly = bool(state.get("singly"))  # bodies are asked for one by one
         self.settled: list[int] = list(state.get("settled", []))  # done, where no mod-sequence says so
+        self.unmade: list[str] = list(
+            state.get("unmade", [])
+        )  # destinations that will not be had in this pass
         self.total_bytes = 0  # to do, where the source says it
         self.fetched_bytes = 0  # of bodies, in this run
         self.generation = database.generation
@@ -100,6 +103,7 @@ class Ledger:
             "is_running": True,
             "counters": self.counters.kept(),
             "settled": self.settled,
+            "unmade": self.unmade,
             "singly": self.singly,
         }
         self._progress()

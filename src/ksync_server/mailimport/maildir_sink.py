@@ -225,13 +225,12 @@ class MaildirSink:
 
         def look() -> list[Stranger]:
             self._files.pop(name, None)
+            keywords = self._keywords(name)
             found = []
             for handle, path in self._listed(name).items():
                 with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    found.append(
-                        Stranger(handle, stat.st_size, datetime.fromtimestamp(int(stat.st_mtime), UTC))
-                    )
+                    seen = _seen(path, keywords)
+                    found.append(Stranger(handle, seen.size, seen.received, seen.flags))
             return found
 
         return await self._off(look)
@@ -249,10 +248,7 @@ class MaildirSink:
                 if path is None:
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    flags = tuple(sorted(_flags_of(path.name, keywords)))
-                    date = datetime.fromtimestamp(int(stat.st_mtime), UTC)
-                    found.append((handle, Seen(stat.st_size, date, flags)))
+                    found.append((handle, _seen(path, keywords)))
             return found
 
         for each in await self._off(seen):
@@ -339,14 +335,16 @@ class MaildirSink:
 
         return await self._off(link)
 
-    async def flag(self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]) -> None:
+    async def flag(
+        self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]
+    ) -> frozenset[str]:
         """See `Sink`."""
 
-        def flag() -> None:
+        def flag() -> frozenset[str]:
             self._files.pop(name, None)
             files = self._listed(name)
             wanted = list(changes)
-            letters, _ = self._letters(name, {flag for _, added, _ in wanted for flag in added})
+            letters, lost = self._letters(name, {flag for _, added, _ in wanted for flag in added})
             keywords = self._keywords(name)
             for handle, added, removed in wanted:
                 path = files.get(handle)
@@ -359,8 +357,9 @@ class MaildirSink:
                     os.rename(path, final)
                     files[handle] = final
             _flush(self._folder(name) / "cur")
+            return frozenset(lost)
 
-        await self._off(flag)
+        return await self._off(flag)
 
     # -- keywords ---------------------------------------------------------------------------------
 
@@ -412,6 +411,12 @@ def _flags_of(name: str, keywords: Mapping[str, str]) -> frozenset[str]:
     return frozenset(
         {**_FLAGS, **keywords}[letter] for letter in letters if letter in _FLAGS or letter in keywords
     )
+
+
+def _seen(path: Path, keywords: Mapping[str, str]) -> Seen:
+    stat = path.stat()
+    date = datetime.fromtimestamp(int(stat.st_mtime), UTC)
+    return Seen(stat.st_size, date, tuple(sorted(_flags_of(path.name, keywords))))
 
 
 def _write(path: Path, parcel: Parcel, at: int) -> None:

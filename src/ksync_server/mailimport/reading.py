@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import RemoteError, Temporary
-from ksync_server.mailimport.connection import Refused, is_temporary, said
+from ksync_server.mailimport.connection import Refused, is_of_a_message, said
 from ksync_server.mailimport.ledger import Ledger
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.mailimport.source import Bodies, Poisoned, Source
@@ -260,12 +260,10 @@ class Reader:
 
 
 def _require_of_a_message(status: Status) -> None:
-    """A refused body is the message's matter, unless the server says that it will do better later.
-
-    SERVERBUG is no such promise: Dovecot says it of each message that it cannot read, for ever.
+    """A refused body is the message's matter.
 
     Raises:
-        Temporary: it will.
+        Temporary: it is not.
     """
-    if is_temporary(status) and status.code != "SERVERBUG":
+    if not is_of_a_message(status):
         raise Temporary(f"the source: {said(status)}")

@@ -418,6 +418,12 @@ def drop_refused(tx: Write, number: int) -> None:
     tx.execute(sa.delete(_copy).where(which))
 
 
+def replace_copies(tx: Write, gone: Iterable[Copy], made: Iterable[Copy]) -> None:
+    """Rows of messages that have their place, instead of those that said so before."""
+    drop(tx, gone)
+    add_copies(tx, made)
+
+
 def drop(tx: Write, gone: Iterable[Copy]) -> None:
     """Rows that another one replaces."""
     for each in gone:

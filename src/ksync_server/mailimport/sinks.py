@@ -48,6 +48,7 @@ class Stranger:
     handle: str
     size: int
     received: datetime
+    flags: tuple[str, ...]
 
 
 class Seen(NamedTuple):
@@ -73,7 +74,7 @@ class Unwanted:
 
 
 class Full(RemoteError):
-    """The destination has no room now; nothing of what was asked is there."""
+    """The destination has no room now; what it took of what was asked is found by `strangers`."""
 
 
 class Unmade(RemoteError):
@@ -144,7 +145,8 @@ class Sink(Protocol):
     async def digests(
         self, name: str, handles: Iterable[str], *, as_stored: bool = False
     ) -> Mapping[str, bytes]:
-        """SHA-256 of messages, or of what `canonical` leaves of them; those that are gone are missing."""
+        """SHA-256 of messages, or of what `canonical` leaves of them; those that are gone, or that the
+        destination cannot read, are missing."""
 
     async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         """Add messages with their flags and dates; may be called again before it has returned.
@@ -153,7 +155,7 @@ class Sink(Protocol):
             origin: row of the source's folder: with its UID it names a message for good.
 
         Raises:
-            LeaseLost: another worker may be at it by now; nothing of it is there.
+            LeaseLost: another worker may be at it by now.
             Full: there is no room.
             RemoteError: the destination failed; what it took is found by `strangers`.
         """
@@ -161,8 +163,10 @@ class Sink(Protocol):
     async def link(self, name: str, handles: Sequence[str], to: str) -> Mapping[str, str]:
         """Add messages of one folder to another without sending them again; old handle -> new one."""
 
-    async def flag(self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]) -> None:
-        """Add and remove flags: (handle, added, removed)."""
+    async def flag(
+        self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]
+    ) -> frozenset[str]:
+        """Add and remove flags: (handle, added, removed); those that the folder has no place for."""
 
     def look(self, name: str, handles: Iterable[str]) -> AsyncIterator[tuple[str, Seen]]:
         """What the destination says of messages; those that are gone are missing."""

@@ -25,7 +25,7 @@ from ksync_server.mailimport.sinks import Message
 from ksync_server.mailimport.source import Source
 
 _SCAN_UIDS = 5_000  # asked about at once
-_AHEAD = 2  # stretches in memory
+_AHEAD = 2  # stretches in memory, beside what the next scan says
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,6 @@ class Stretch:
     links: dict[tuple[str, str], list[Message]] = field(default_factory=dict)  # (from, to)
     flags: dict[str, list[tuple[Copy, tuple[str, ...]]]] = field(default_factory=dict)
     linked: set[tuple[int, int]] = field(default_factory=set)  # (UID, target), in this run
-    unmade: set[str] = field(default_factory=set)  # destinations that will not be had
 
     @property
     def source_id(self) -> int:
@@ -89,6 +88,11 @@ class Empty:
 
 
 @dataclass(frozen=True, slots=True)
+class Renumbered:
+    """A folder has new UIDs: the rows of its old ones say what is at the destination."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settled:
     """A folder is done up to what the row says, unless something of it has no place."""
 
@@ -97,7 +101,7 @@ class Settled:
     is_end: bool  # all of it
 
 
-Step = Came | Stretch | Empty | Settled
+Step = Came | Stretch | Empty | Renumbered | Settled
 
 
 class Walker:
@@ -194,6 +198,7 @@ class Walker:
         if row is not None and row.uid_validity != folder.uid_validity:
             # All UIDs are new. The old rows still say what is at the destination: `Target` pairs them.
             await ledger.write(records.retire_source, row, folder.name)
+            put(Renumbered())
             row = None
         if row is None:
             row = await ledger.write(records.add_source, self._number, folder.name, folder.uid_validity)
@@ -233,8 +238,10 @@ class Walker:
             stretch.copies.setdefault(copy.uid, []).append(copy)
         self._sort(stretch, messages)
         for name, wanted in stretch.wanted.items():
+            if name in self._ledger.unmade:
+                visit.is_whole = False
             # What is said to have no place while it comes is not asked for any more.
-            still = (message for message in wanted if name not in stretch.unmade)
+            still = (message for message in wanted if name not in self._ledger.unmade)
             await self._bodies(stretch, name, still, put)
         put(stretch)
 

@@ -22,6 +22,7 @@ from ksync_server.errors import BadRequest
 Value = str | bytes | None | list["Value"]
 
 _DEPTH = 24  # of parentheses; what we ask for needs 4
+_SHORT = 500  # bytes of flags that are remembered
 _LONGEST_NUMBER = 19  # digits: below 2^63
 
 # -- lines and literals ---------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def _plain(found: re.Match[bytes], pieces: list[bytes | Literal]) -> Fetched | N
     if uid:
         named["UID"] = uid.decode("ascii")
     if flags_ is not None:
-        names = _plain_flags(flags_)
+        names = (_plain_flags if len(flags_) < _SHORT else _plain_flags.__wrapped__)(flags_)
         if names is None:
             return None
         named["FLAGS"] = list(names)
@@ -448,15 +449,13 @@ def flags(value: Value) -> tuple[str, ...]:
     """
     if not isinstance(value, list):
         raise BadRequest("A list of flags is needed.")
-    try:
-        return _flags(tuple(value))
-    except TypeError:  # a list in it
-        raise BadRequest("A list of flags is needed.") from None
+    known = tuple(string(each) for each in value)
+    return (_flags if sum(map(len, known)) < _SHORT else _flags.__wrapped__)(known)
 
 
 @lru_cache(maxsize=1024)
-def _flags(found: tuple[Value, ...]) -> tuple[str, ...]:
-    names = (string(each).decode("utf-8", "surrogateescape") for each in found)
+def _flags(found: tuple[bytes, ...]) -> tuple[str, ...]:
+    names = (each.decode("utf-8", "surrogateescape") for each in found)
     return tuple(sorted({_SYSTEM_FLAGS.get(name.lower(), name) for name in names} - {"\\Recent", "\\*"}))
 
 
