@@ -242,6 +242,23 @@ def test_a_lease_that_is_lost_ends_the_placing(lite: Database, tmp_path: Path, m
     assert after <= 3  # what was answered at that moment
 
 
+def test_flags_for_a_folder_that_is_gone_and_cannot_be_made_again_are_told(
+    lite: Database, tmp_path: Path
+) -> None:
+    source, target = Server(), Server()
+    source.account.add("Plans", BODY % (1, 1))
+    with moving(lite, tmp_path, source, target) as move:
+        exact(move.go(), 1)
+        del target.folders["Plans"]
+        target.rules = [Rule(No("[CANNOT] not that name"), "CREATE", times=None)]
+        source.account.set_flags(next(iter(source.folders["Plans"].entries.values())), {"\\Flagged"})
+        report = move.go()
+    assert move.state == "incomplete"
+    assert report["differences"] == [
+        "Plans: flags of 1 messages: the destination: CREATE: NO [CANNOT] not that name"
+    ]
+
+
 def test_flags_without_end_are_not_kept() -> None:
     tracemalloc.start()
     for number in range(100):

@@ -369,8 +369,8 @@ class Importer:
     async def _flags(self, stretch: Stretch) -> None:
         """Carry what changed at the source, and leave what the destination's owner changed."""
         for name, changed in stretch.flags.items():
-            await self._open_target(name)
             try:
+                await self._open_target(name)
                 lost = await self._sink.flag(
                     name,
                     (
@@ -382,8 +382,9 @@ class Importer:
                         for copy, flags in changed
                     ),
                 )
-            except Refused as error:
-                self._counters.differs(name, f"flags of {len(changed)} messages: {for_good(error)}")
+            except (Refused, Unmade) as error:
+                reason = for_good(error) if isinstance(error, Refused) else error
+                self._counters.differs(name, f"flags of {len(changed)} messages: {reason}")
                 stretch.visit.is_whole = False
                 continue
             self._counters.flags += len(changed)
