@@ -168,7 +168,7 @@ def test_a_zone_with_endless_rules_costs_its_budget_and_no_more(rule: str) -> No
     def ask() -> None:
         own = zone(text)
         assert isinstance(own, timezones.RuleZone)
-        assert own.utcoffset(datetime(2024, 1, 1)) is not None  # noqa: DTZ001
+        assert datetime(2024, 1, 1, tzinfo=own).utcoffset() is not None
 
     costs.within(0.5, ask)
 

@@ -792,11 +792,17 @@ class _Ends(Protocol):
 
 
 @contextlib.contextmanager
-def ending(what: _Ends) -> Iterator[None]:
+def ending(what: _Ends, *, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """A block that does not come to its end, for whatever reason, cancellation and a job's leaving included,
-    ends what it works with: nobody would take the rest of the answers."""
+    ends what it works with: nobody would take the rest of the answers.
+
+    Args:
+        unless: with these somebody does.
+    """
     try:
         yield
+    except unless:
+        raise
     except BaseException:
         what.abort()
         raise

@@ -17,10 +17,10 @@ from datetime import datetime
 
 from ksync_server import settings as configuration
 from ksync_server.errors import RemoteError, Temporary
-from ksync_server.jobs import LeaseLost, Left
+from ksync_server.jobs import Left
 from ksync_server.mailimport import plan as plans
 from ksync_server.mailimport import records
-from ksync_server.mailimport.connection import Refused
+from ksync_server.mailimport.connection import Refused, ending
 from ksync_server.mailimport.ledger import Ledger
 from ksync_server.mailimport.plan import Folder, Map, Options
 from ksync_server.mailimport.reading import Batch, Failed, Reader, Suspects, Window
@@ -90,17 +90,15 @@ class Importer:
         ready: asyncio.Queue[_Ready] = asyncio.Queue()
         walk = asyncio.create_task(self._walker.walk(chosen, where, roles, ready.put_nowait))
         try:
-            while (each := await ready.get()) is not None:
-                await self._step(each, ready)
-            await self._all_placed()
-            await walk  # what was fetched before a failure is placed by now
+            # With these, what is under way is waited for and gets its rows.
+            with ending(self._sink, unless=(RemoteError, Left)):
+                while (each := await ready.get()) is not None:
+                    await self._step(each, ready)
+                await self._all_placed()
+                await walk  # what was fetched before a failure is placed by now
         except Suspects:
             ledger.singly = True
             await ledger.commit(lambda tx: None)
-            raise
-        except BaseException as error:
-            if isinstance(error, LeaseLost) or not isinstance(error, RemoteError | Left):
-                self._sink.abort()  # what is under way is not waited for
             raise
         finally:
             walk.cancel()
