@@ -11,10 +11,12 @@ import pytest
 
 from conformance.imap_server import MODERN, No, Rule, Server
 from ksync_server import settings
+from ksync_server.errors import BadRequest, Temporary
 from ksync_server.mailimport import connection
-from ksync_server.mailimport.connection import Connection
+from ksync_server.mailimport.connection import Connection, Listener, Whole
 from ksync_server.mailimport.imap_sink import ImapSink
 from ksync_server.store.database import Database
+from ksync_server.wire.imap import Fetched
 from tests.mailimport.harness import contents, exact, moving
 
 
@@ -29,6 +31,17 @@ class Wire:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.said: list[Fetched | int] = []
+
+    def fetched(self, each: Fetched) -> None:
+        self.said.append(each)
+
+    def expunged(self, number: int) -> None:
+        self.said.append(number)
 
 
 def talk(conversation: Callable[[Connection, Wire], Coroutine[Any, Any, None]]) -> None:
@@ -47,11 +60,48 @@ def talk(conversation: Callable[[Connection, Wire], Coroutine[Any, Any, None]]) 
 def test_what_is_said_of_messages_is_for_who_asked_about_messages() -> None:
     async def conversation(made: Connection, wire: Wire) -> None:
         append = await made.send("APPEND", b"INBOX", b"x")
-        stream = await made.stream("UID FETCH", "7", "(UID FLAGS)")
+        heard = Heard()
+        fetch = await made.send("UID FETCH", "7", "(UID FLAGS)", listener=heard)
         made.data_received(b"* 3 FETCH (UID 7 FLAGS (\\Seen))\r\n* 3 EXPUNGE\r\nk2 OK\r\nk1 OK\r\n")
-        said = [each async for each in stream]
-        assert len(said) == 2
+        await made.answer(fetch)
+        assert heard.said == [Fetched(3, 7, ("\\Seen",)), 3]
         assert not (await made.answer(append)).data
+
+    talk(conversation)
+
+
+@pytest.mark.spec("RFC 3501 §7.4.2")
+def test_what_is_said_in_parts_is_put_together() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        found: list[tuple[int, int, tuple[str, ...]]] = []
+        heard = Whole(lambda uid, size, received, flags, others: found.append((uid, size, flags)), ["X"])
+        fetch = await made.send("UID FETCH", "1:9", "(UID FLAGS INTERNALDATE RFC822.SIZE X)", listener=heard)
+        made.data_received(
+            b"* 3 FETCH (UID 7 FLAGS (a) RFC822.SIZE 5)\r\n* 4 FETCH (UID 8 RFC822.SIZE 6 FLAGS ())\r\n"
+            b'* 2 EXPUNGE\r\n* 2 FETCH (INTERNALDATE "17-Jul-1996 02:44:25 -0700" FLAGS (b))\r\n'
+            b'* 3 FETCH (X 1 INTERNALDATE "17-Jul-1996 02:44:25 -0700")\r\n* 2 FETCH (X 1)\r\n'
+            b"* 3 FETCH (FLAGS (c))\r\nk1 OK\r\n"
+        )
+        await made.answer(fetch)
+        assert found == [(8, 6, ()), (7, 5, ("b",))]
+
+    talk(conversation)
+
+
+def test_what_a_listener_raises_ends_the_connection_and_is_told_to_who_asked() -> None:
+    class Deaf(Listener):
+        def fetched(self, each: Fetched) -> None:
+            raise BadRequest("no")
+
+    async def conversation(made: Connection, wire: Wire) -> None:
+        noop = await made.send("NOOP")
+        fetch = await made.send("UID FETCH", "7", "(UID)", listener=Deaf())
+        made.data_received(b"* 3 FETCH (UID 7)\r\n* 4 FETCH (UID 8)\r\nk1 OK\r\nk2 OK\r\n")
+        with pytest.raises(BadRequest):
+            await made.answer(fetch)
+        with pytest.raises(Temporary):
+            await made.answer(noop)
+        assert not made.is_open
 
     talk(conversation)
 

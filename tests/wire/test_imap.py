@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import string
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta, timezone
@@ -18,6 +19,7 @@ from imapclient.response_parser import parse_response
 from ksync_server.errors import BadRequest
 from ksync_server.wire import imap
 from ksync_server.wire.imap import (
+    Body,
     Command,
     Continue,
     Data,
@@ -190,8 +192,11 @@ def test_a_megabyte_of_garbage_is_read_in_linear_time(prefix: bytes, unit: bytes
 
     def read_both() -> None:
         for begin in (b"", b"(FLAGS ("):
+            line = prefix + begin + unit * (1_000_000 // len(unit))
             with contextlib.suppress(BadRequest):
-                read([prefix + begin + unit * (1_000_000 // len(unit))])
+                read([line])
+            with contextlib.suppress(BadRequest):
+                list(imap.Answers(line_bytes=1 << 21).feed(line + b"\r\n"))
 
     costs.within(3, read_both)
 
@@ -247,8 +252,9 @@ def test_an_atom_a_string_and_nil_are_three_things() -> None:
         (b"* 12 EXISTS", Data("EXISTS", 12, [])),
         (b"* search 1 2", Data("SEARCH", None, ["1", "2"])),
         (b'* LIST (\\Noselect) "/" ~', Data("LIST", None, [["\\Noselect"], b"/", "~"])),
-        (b"* 3 fetch (uid 4)", Fetched(3, {"UID": "4"})),
-        (b"* 3 FETCH (UID 4 FLAGS (\\Seen a))", Fetched(3, {"UID": "4", "FLAGS": ["\\Seen", "a"]})),
+        (b"* 3 fetch (uid 4)", Fetched(3, 4, others={})),
+        (b"* 3 FETCH (UID 4 FLAGS (\\seen a) X 1)", Fetched(3, 4, ("\\Seen", "a"), others={"X": "1"})),
+        (b"* 3 FETCH (FLAGS NIL RFC822.SIZE 9)", Fetched(3, flags=(), size=9, others={})),
     ],
 )
 def test_what_a_server_says(line: bytes, expected: object) -> None:
@@ -256,7 +262,12 @@ def test_what_a_server_says(line: bytes, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"OK", b"* ", b"*", b"* 1", b"* (a) b", b"a1 FETCH", b"* 1 FETCH (A)", b"* 1 FETCH (NIL 1)"]
+    "line",
+    [
+        *(b"", b"OK", b"* ", b"*", b"* 1", b"* (a) b", b"a1 FETCH", b"* 1 FETCH (A)", b"* 1 FETCH (NIL 1)"),
+        *(b"* 1 FETCH (UID NIL)", b"* 1 FETCH (INTERNALDATE NIL)", b"* 1 FETCH (RFC822.SIZE x)"),
+        b"* 1 FETCH (FLAGS x)",
+    ],
 )
 def test_what_no_server_says_is_a_bad_request(line: bytes) -> None:
     with pytest.raises(BadRequest):
@@ -281,30 +292,73 @@ fetches = st.builds(
 )
 
 
+def answered(chunks: Iterable[bytes], *, bodies: bool) -> list[object]:
+    """What a server says in a stream, bodies in one piece; its end is "garbage" where nothing is said."""
+    answers, found = imap.Answers(line_bytes=2000), list[object]()
+    answers.expects_bodies = bodies
+    try:
+        for chunk in chunks:
+            for each in answers.feed(chunk):
+                if not isinstance(each, memoryview):
+                    found.append(each)
+                elif isinstance(found[-1], bytes):
+                    found[-1] += bytes(each)
+                else:
+                    found.append(bytes(each))
+    except BadRequest:
+        found.append("garbage")
+    return [each._replace(others=dict(each.others)) if isinstance(each, Fetched) else each for each in found]
+
+
+_lines = st.one_of(
+    fetches.map(lambda line: line + b"\r\n"),
+    st.sampled_from(
+        [b"* 7 FETCH (UID 5 BODY[] ", b"* 7 FETCH (UID 9 FLAGS (a) BODY[] ", b"* 7 FETCH (BODY[]<4> "]
+    ).flatmap(
+        lambda head: st.sampled_from([b"{5}\r\n", b"{0}\r\n", b"{12}\r\n", b"{5}\n"]).map(head.__add__)
+    ),
+    st.sampled_from(
+        [b")\r\n", b"* 7 FETCH (UID 5 {3}\r\n", b" FLAGS (a))\r\n", b" UID 6)\r\n", b"hello", b")\n"]
+    ),
+    st.sampled_from(
+        [b"k1 OK\r\n", b"* 8 EXISTS\r\n", b"* LIST () NIL {5}\r\n", b"* 7 FETCH (UID 5)\n", b"\r\n"]
+    ),
+)
+
+
 @settings(max_examples=1000)
-@given(fetches, st.sampled_from([None, b")", b" UID 5)", b""]), st.sampled_from([b"body", None]))
+@given(st.lists(_lines, max_size=6).map(b"".join), st.lists(st.integers(0, 500), max_size=6), st.booleans())
 def test_the_short_way_for_plain_messages_agrees_with_the_long_one(
-    first: bytes, last: bytes | None, body: bytes | None
+    data: bytes, places: list[int], bodies: bool
 ) -> None:
-    line: list[bytes | Literal] = [first] if last is None else [first, Literal(body), last]
-    outcomes = []
-    for each in (
-        line,
-        [first.replace(b"* 7 FETCH", b"* 7 fetch"), *line[1:]],
-    ):  # only capitals go the short way
-        try:
-            outcomes.append(imap.response(each))
-        except BadRequest:
-            outcomes.append(None)
-    assert outcomes[0] == outcomes[1]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(imap, "_PLAIN_FETCH", re.compile(rb"(?!)"))
+        long = answered([data], bodies=bodies)
+        assert answered(cut(data, places), bodies=bodies) == long
+    assert answered([data], bodies=bodies) == long
+    assert answered(cut(data, places), bodies=bodies) == long
 
 
 def test_plain_messages_do_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imap, "values", lambda *_: pytest.fail("the long way"))
+    monkeypatch.setattr(imap, "response", lambda *_: pytest.fail("the long way"))
     date = b'INTERNALDATE "17-Jul-1996 02:44:25 -0700"'
-    imap.response([b"* 1 FETCH (UID 5 FLAGS (\\Seen $x) %s RFC822.SIZE 9)" % date])
-    imap.response([b"* 1 FETCH (UID 5 BODY[] ", Literal(None), b")"])
-    imap.response([b"* 1 FETCH (FLAGS ())"])
+    data = b"* 1 FETCH (UID 5 FLAGS (\\Seen $x) %s RFC822.SIZE 9)\r\n" % date
+    data += b"* 1 FETCH (UID 5 BODY[] {3}\r\nabc)\r\n* 1 FETCH (FLAGS ())\r\n"
+    received = datetime(1996, 7, 17, 2, 44, 25, tzinfo=timezone(timedelta(hours=-7)))
+    assert answered([data], bodies=True) == [
+        Fetched(1, 5, ("$x", "\\Seen"), received, 9, {}),
+        Body(3, 5),
+        b"abc",
+        Fetched(1, 5, others={"BODY[]": None}),
+        Fetched(1, None, (), others={}),
+    ]
+
+
+def test_bodies_that_nobody_asked_for_are_bounded() -> None:
+    body = b"* 1 FETCH (UID 5 BODY[] {1500}\r\n" + b"x" * 1500 + b")\r\n"
+    assert len(answered([body * 3], bodies=False)) == 3
+    assert answered([body.replace(b"1500", b"2500")], bodies=False) == ["garbage"]
+    assert answered([b"* 1 FETCH (A {1500}\r\n" + b"x" * 1500 + b" B {600}\r\n"], bodies=True) == ["garbage"]
 
 
 _words = st.from_regex(r"[A-Za-z\\$][A-Za-z0-9.-]{0,6}", fullmatch=True).filter(

@@ -1,9 +1,9 @@
 """One connection to an IMAP server: TLS, log-in, pipelined commands, bodies that are never held whole.
 
 Answers are matched to commands by tag; untagged data go to the oldest command that is not answered, what is
-said of messages to the oldest that fetches. Some servers (Dovecot) work on several FETCH commands at once, so
-those under way share one inlet and tell messages apart by UID (RFC 3501 §5.5). Reading pauses while nobody
-takes what came.
+said of messages to the listener of the oldest that fetches, as it comes: who asks for much bounds it. Some
+servers (Dovecot) work on several FETCH commands at once, so those under way share one listener and tell
+messages apart by UID (RFC 3501 §5.5).
 """
 
 from __future__ import annotations
@@ -16,36 +16,24 @@ import ssl
 import zlib
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Protocol, cast
 
 from ksync_server import outbound
 from ksync_server import settings as configuration
-from ksync_server.errors import BadRequest, Permanent, RemoteError, Temporary
+from ksync_server.errors import BadRequest, KsyncError, Permanent, RemoteError, Temporary
 from ksync_server.networks import Networks, is_loopback, parse
 from ksync_server.wire import imap
-from ksync_server.wire.imap import (
-    Continue,
-    Data,
-    Fetched,
-    Literal,
-    LiteralData,
-    LiteralStart,
-    Status,
-    Text,
-    Value,
-)
+from ksync_server.wire.imap import Body, Continue, Data, Fetched, Status, Value
 
 SECURITIES = ("tls", "starttls", "none")
 MECHANISMS = ("password", "xoauth2")
 
 _UNSENT = 256 << 10  # bytes that wait to be sent, in the process and in its socket
-_HELD = 512 << 10  # bytes of bodies that wait in a connection to be taken
 _READ = 64 << 10  # asked of zlib at once
 _SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
-_BODY = re.compile(rb"(?:^|[ (])BODY\[[^\]]*\](?:<\d+>)?[ ]\Z", re.I)
-_UID = re.compile(rb"[( ]UID (\d{1,10})[ )]", re.I)
 _ANSWERS = 10_000_000  # to one command: a folder has fewer messages, and a server that never ends is left
 _HELD_ANSWERS = 250_000  # the same where they are kept until the end
 _PARTS = 1000  # messages of which something was said, and something not
@@ -123,122 +111,85 @@ def is_of_a_message(status: Status) -> bool:
 # -- what comes in ----------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Start:
-    """A body begins."""
+class Listener:
+    """Is told what a server says of messages. What it raises ends the connection."""
 
-    size: int
-    uid: int | None = None  # where the server said it before
+    bodies = False  # it asks for some; a server that sends one unasked is not heard
+
+    def fetched(self, each: Fetched) -> None:
+        """What is said of a message; of one with a body after the last piece of that."""
+
+    def expunged(self, number: int) -> None:
+        """A message is gone, and the later ones have one number less."""
+
+    def begins(self, size: int, uid: int | None) -> None:
+        """A body begins. `uid`: where the server said it before."""
+
+    def piece(self, data: memoryview) -> None:
+        """A part of the body that began."""
+
+    def answered(self, tag: str, status: Status) -> None:
+        """A command is answered."""
+
+    def failed(self, error: Exception) -> None:
+        """The connection is gone."""
 
 
-@dataclass(slots=True)
-class Piece:
-    """A part of the body that began."""
+class Take(Protocol):
+    """Is given what a server has said of a message."""
 
-    data: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A command is answered."""
-
-    tag: str
-    status: Status
+    def __call__(
+        self, uid: int, size: int, received: datetime, flags: tuple[str, ...], others: Mapping[str, Value], /
+    ) -> None: ...
 
 
-class Inlet:
-    """What commands receive, in order: Start, Piece ..., Data; and Ended for each of them.
+class Whole(Listener):
+    """Passes on messages of which a server has said all that was asked, in one answer or in several.
 
     Args:
-        bodies: they ask for bodies; a server that sends one unasked is not heard.
-    """
-
-    def __init__(self, connection: Connection, *, bodies: bool) -> None:
-        self._connection = connection
-        self.bodies = bodies
-        self._waiting: deque[Start | Piece | Data | Fetched | Ended] = deque()
-        self._taker: asyncio.Future[None] | None = None
-        self._error: Exception | None = None
-        self.held = 0
-
-    def put(self, each: Start | Piece | Data | Fetched | Ended) -> None:
-        """Called by the connection."""
-        self._waiting.append(each)
-        if isinstance(each, Piece):
-            self.held += len(each.data)
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        """The connection is gone; what came before is taken first."""
-        self._error = error
-        self._wake()
-
-    async def take(self) -> Start | Piece | Data | Fetched | Ended:
-        """The next thing.
-
-        Raises:
-            RemoteError: the connection is gone.
-        """
-        while not self._waiting:  # no task switch where something waits
-            if self._error is not None:
-                raise self._error
-            self._taker = asyncio.get_running_loop().create_future()
-            await self._taker
-        each = self._waiting.popleft()
-        if isinstance(each, Piece):
-            self.held -= len(each.data)
-            self._connection.balance()
-        return each
-
-    def _wake(self) -> None:
-        if self._taker is not None and not self._taker.done():
-            self._taker.set_result(None)
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """The answer to one command, while it comes."""
-
-    name: str
-    inlet: Inlet
-
-    async def __aiter__(self) -> AsyncIterator[Start | Piece | Data | Fetched]:
-        """What the server gives.
-
-        Raises:
-            Refused: NO or BAD, at its end.
-            RemoteError: the connection is gone.
-        """
-        while not isinstance(each := await self.inlet.take(), Ended):
-            yield each
-        if each.status.word != "OK":
-            raise Refused(self.name, each.status)
-
-
-async def together(stream: Stream, names: frozenset[str]) -> AsyncIterator[dict[str, Value]]:
-    """Messages of which a server has said all of `names`, in one answer or in several.
-
-    Raises:
-        Refused, RemoteError: as `Stream`.
+        take: is given each of them.
+        others: what must be said beside UID, size, date and flags.
 
     Spec: RFC 3501 §7.4.2; an answer with fewer may be about a message that was not asked for.
     """
-    parts: dict[int, dict[str, Value]] = {}  # by the message's number
-    async for each in stream:
-        if isinstance(each, Data) and each.name == "EXPUNGE" and each.number:
-            gone = each.number
-            parts = {at - (at > gone): part for at, part in parts.items() if at != gone}
-        if not isinstance(each, Fetched):
-            continue
-        found = each.found
-        if not names <= found.keys():
-            found = parts.pop(each.number, {}) | found
-            if not names <= found.keys():
-                parts[each.number] = found
-                if len(parts) > _PARTS:
-                    del parts[next(iter(parts))]
-                continue
-        yield found
+
+    def __init__(self, take: Take, others: Iterable[str] = ()) -> None:
+        self._take = take
+        self._others = frozenset(others)
+        self._parts: dict[int, Fetched] = {}  # by the message's number
+
+    def fetched(self, each: Fetched) -> None:
+        """See `Listener`."""
+        _, uid, flags, received, size, others = each
+        if (
+            uid is None
+            or flags is None
+            or received is None
+            or size is None
+            or (self._others and not self._others <= others.keys())
+        ):
+            self._join(each)
+        else:
+            self._take(uid, size, received, flags, others)
+
+    def _join(self, each: Fetched) -> None:
+        """A part: keep it, or pass on the whole where it was the last one."""
+        before = self._parts.pop(each.number, None)
+        if before is None:
+            self._parts[each.number] = each
+            if len(self._parts) > _PARTS:
+                del self._parts[next(iter(self._parts))]
+            return
+        said = {name: new for name, new in each._asdict().items() if new is not None}
+        now = before._replace(**{**said, "others": {**before.others, **each.others}})
+        if None in now or not self._others <= now.others.keys():
+            self._parts[each.number] = now
+        else:
+            self.fetched(now)
+
+    def expunged(self, number: int) -> None:
+        """See `Listener`."""
+        self._parts = {at - (at > number): part for at, part in self._parts.items() if at != number}
 
 
 @dataclass(slots=True)
@@ -249,9 +200,29 @@ class Pending:
     name: str
     answered: asyncio.Future[Status]
     data: list[Data] = field(default_factory=list)
-    inlet: Inlet | None = None
-    answers: int = 0
+    listener: Listener | None = None
+    answers: int = 0  # untagged, so far
     continued: asyncio.Future[None] | None = None  # done once the server waits for more, or has answered
+
+    def count(self, most: int) -> None:
+        """One more answer.
+
+        Raises:
+            BadRequest: more than there may be.
+        """
+        self.answers += 1
+        if self.answers > most:
+            raise BadRequest(f"more than {most} answers to {self.name}")
+
+    def keep(self, data: Data) -> None:
+        """Untagged data that came before the answer.
+
+        Raises:
+            BadRequest: more than there may be.
+        """
+        if self.listener is None:
+            self.count(_HELD_ANSWERS)
+            self.data.append(data)
 
 
 class Connection(asyncio.Protocol):
@@ -266,22 +237,15 @@ class Connection(asyncio.Protocol):
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._framer = imap.Framer(line_bytes=settings.line_bytes)
-        self._pieces: list[bytes | Literal] = []
-        self._text = b""  # the last piece of text: what a literal that follows it is
-        self._literal: bytearray | None = None  # a small one that is being read
-        self._held = 0  # bytes of small ones in the line that is being read
-        self._left = 0  # of the literal that is being read
-        self._streaming: Inlet | None = None
+        self._answers = imap.Answers(line_bytes=settings.line_bytes)
+        self._fetching: Pending | None = None  # the oldest command that has a listener
         self._pending: deque[Pending] = deque()
         self._greeting: asyncio.Future[Status] = self._loop.create_future()
         self._turn = asyncio.Lock()  # of writing
         self._error: RemoteError | None = None
-        self._paused = False
         self._writable = asyncio.Event()
         self._writable.set()
         self._inflate: zlib._Decompress | None = None
-        self._packed = b""  # that is not decompressed yet
         self._deflate: zlib._Compress | None = None
         self._heard = self._loop.time()
         self._since = self._heard  # what is received from here on is counted, for the rate
@@ -308,18 +272,17 @@ class Connection(asyncio.Protocol):
             if self._inflate is None:
                 self._read(data)
             else:
-                self._packed += data
-                self._unpack(self._inflate)
+                self._unpack(self._inflate, data)
         except (BadRequest, zlib.error) as error:
             self._fail(Temporary(f"{self.server.host} speaks no IMAP: {error}"))
 
-    def _unpack(self, inflate: zlib._Decompress) -> None:
-        """Read on while what came is being taken, so that little input never becomes much memory."""
-        while not self._paused and self._error is None:
-            data = inflate.decompress(self._packed, _READ)
-            self._packed = inflate.unconsumed_tail
-            self._read(data)
-            if len(data) < _READ:
+    def _unpack(self, inflate: zlib._Decompress, data: bytes) -> None:
+        """Read piece by piece, so that little input never becomes much memory."""
+        while self._error is None:
+            unpacked = inflate.decompress(data, _READ)
+            data = inflate.unconsumed_tail
+            self._read(unpacked)
+            if len(unpacked) < _READ:
                 return
 
     def eof_received(self) -> None:
@@ -341,78 +304,46 @@ class Connection(asyncio.Protocol):
     # -- reading ------------------------------------------------------------------------------------
 
     def _read(self, data: bytes) -> None:
-        for event in self._framer.feed(data):
-            if isinstance(event, Text):
-                self._text = event.data
-                self._pieces.append(event.data)
-                if event.ends:
-                    pieces, self._pieces, self._held = self._pieces, [], 0
-                    self._answer(imap.response(pieces))
-            elif isinstance(event, LiteralData):
-                self._literal_data(event.data)
+        for each in self._answers.feed(data):
+            if isinstance(each, memoryview | Fetched | Body):
+                if (pending := self._fetching) is not None:  # else nobody asked
+                    self._tell(pending, each)
             else:
-                self._literal_start(event)
-        self.balance()
+                self._answer(each)
+            if self._error is not None:
+                return
 
-    def _literal_start(self, event: LiteralStart) -> None:
-        size, head = event.size, self._text
-        self._left = size
-        inlet = next((pending.inlet for pending in self._pending if pending.inlet is not None), None)
-        if inlet is not None and inlet.bodies and _BODY.search(head):
-            self._streaming = inlet
-            uid = _UID.search(head)
-            self._streaming.put(Start(size, int(uid[1]) if uid else None))
-        else:
-            self._held += size
-            if self._held > self._settings.line_bytes:
-                raise BadRequest(f"literals of {self._held} bytes that nobody asked for")
-            self._literal = bytearray()
-        if size == 0:
-            self._literal_end()
+    def _tell(self, pending: Pending, each: memoryview | Fetched | Body) -> None:
+        """What is said of a message is for the oldest command that fetches."""
+        listener = pending.listener
+        assert listener is not None
+        try:
+            if isinstance(each, Fetched):
+                pending.count(_ANSWERS)
+                listener.fetched(each)
+            elif isinstance(each, Body):
+                listener.begins(each.size, each.uid)
+            else:
+                listener.piece(each)
+        except (KsyncError, OSError) as error:
+            self._fail(Temporary(f"{self.server.host}: {error}"), listener, error)
 
-    def _literal_data(self, data: memoryview) -> None:
-        if self._streaming is not None:
-            self._streaming.put(Piece(data))
-        else:
-            assert self._literal is not None
-            self._literal += data
-        self._left -= len(data)
-        if self._left == 0:
-            self._literal_end()
-
-    def _literal_end(self) -> None:
-        self._pieces.append(Literal(None if self._literal is None else bytes(self._literal)))
-        self._literal = self._streaming = None
-
-    def _answer(self, response: imap.Response) -> None:
+    def _answer(self, response: Status | Data | Continue) -> None:
         if isinstance(response, Continue):
             for pending in self._pending:  # one at most waits for it: the last one
                 _go_on(pending)
-        elif isinstance(response, Data | Fetched):
-            if isinstance(response, Data) and response.name == "CAPABILITY":
+        elif isinstance(response, Data):
+            if response.name == "CAPABILITY":
                 self.capabilities = _capabilities(response.values)
-            oldest = self._asker(response)
-            if oldest is None:
-                return  # unasked for
-            oldest.answers += 1
-            if oldest.answers > (_HELD_ANSWERS if oldest.inlet is None else _ANSWERS):
-                raise BadRequest(f"more than {oldest.answers - 1} answers to {oldest.name}")
-            if oldest.inlet is not None:
-                oldest.inlet.put(response)
-            elif isinstance(response, Data):
-                oldest.data.append(response)
+            if response.name == "EXPUNGE" and self._fetching is not None:
+                assert self._fetching.listener is not None
+                self._fetching.listener.expunged(response.number or 0)
+            elif self._pending:
+                self._pending[0].keep(response)
         elif response.tag:
             self._tagged(response)
         else:
             self._untagged(response)
-
-    def _asker(self, response: Data | Fetched) -> Pending | None:
-        """The command that untagged data answer: what is said of a message is for those that fetch."""
-        if isinstance(response, Fetched) or response.name == "EXPUNGE":
-            for pending in self._pending:
-                if pending.inlet is not None:
-                    return pending
-        return self._pending[0] if self._pending else None
 
     def _tagged(self, status: Status) -> None:
         for pending in self._pending:
@@ -421,14 +352,15 @@ class Connection(asyncio.Protocol):
         else:
             raise BadRequest(f"an answer to {status.tag}, which was not asked")
         self._pending.remove(pending)
-        if pending.inlet is None and self._pending and self._pending[0].inlet is not None:
+        self._turn_to_the_oldest()
+        if pending.listener is None and self._fetching is not None and self._fetching is self._pending[0]:
             self._since, self._heard_bytes = self._loop.time(), self.received  # its answer begins now
         if status.code == "CAPABILITY":
             self.capabilities = _capabilities(status.arguments)
         if not pending.answered.done():
             pending.answered.set_result(status)
-        if pending.inlet is not None:
-            pending.inlet.put(Ended(pending.tag, status))
+        if pending.listener is not None:
+            pending.listener.answered(pending.tag, status)
         _go_on(pending)  # refused before its literal: the waiter looks at the answer
 
     def _untagged(self, status: Status) -> None:
@@ -439,27 +371,19 @@ class Connection(asyncio.Protocol):
         elif status.word == "BYE":
             self._fail(Temporary(f"{self.server.host} ends the connection: {said(status)}"))
         elif status.code and self._pending:
-            self._pending[0].data.append(Data(f"[{status.code}]", None, list(status.arguments)))
+            self._pending[0].keep(Data(f"[{status.code}]", None, list(status.arguments)))
 
-    def balance(self) -> None:
-        """Read on while what came is being taken."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        full = any(each.inlet is not None and each.inlet.held > _HELD for each in self._pending)
-        if full and not self._paused:
-            self._transport.pause_reading()
-        elif self._paused and not full:
-            self._heard = self._loop.time()
-            self._heard_bytes = self.received
-            self._transport.resume_reading()
-            if self._inflate is not None:
-                self._loop.call_soon(self.data_received, b"")
-        self._paused = full
+    def _turn_to_the_oldest(self) -> None:
+        """Say who fetches."""
+        fetching = (pending for pending in self._pending if pending.listener is not None)
+        self._fetching = next(fetching, None)
+        listener = None if self._fetching is None else self._fetching.listener
+        self._answers.expects_bodies = listener is not None and listener.bodies
 
     def _look(self) -> None:
         """Notice a server that says nothing, or next to nothing."""
         self._watch = self._loop.call_later(_WATCH_S, self._look)
-        if not self._pending or self._paused:
+        if not self._pending:
             self._heard = self._loop.time()
             self._since, self._heard_bytes = self._heard, self.received
             return
@@ -469,11 +393,14 @@ class Connection(asyncio.Protocol):
             self._fail(Temporary(f"{self.server.host} has said nothing for {patience:.0f} s"))
         elif now - self._since > patience:
             few = self.received - self._heard_bytes < self._settings.slowest_bytes_s * patience
-            if few and self._pending[0].inlet is not None:
+            if few and self._pending[0] is self._fetching:
                 self._fail(Temporary(f"{self.server.host} sends next to nothing: it throttles"))
             self._since, self._heard_bytes = now, self.received
 
-    def _fail(self, error: RemoteError) -> None:
+    def _fail(
+        self, error: RemoteError, listener: Listener | None = None, reason: Exception | None = None
+    ) -> None:
+        """End. `reason`: what the commands of a listener are told instead."""
         if self._error is None:
             self._error = error
         if self._watch is not None:
@@ -489,11 +416,15 @@ class Connection(asyncio.Protocol):
             if pending.continued is not None and not pending.continued.done():
                 pending.continued.set_exception(self._error)
                 pending.continued.exception()
+            told: Exception = self._error
+            if reason is not None and pending.listener is listener:
+                told = reason
             if not pending.answered.done():
-                pending.answered.set_exception(self._error)
+                pending.answered.set_exception(told)
                 pending.answered.exception()  # whoever waits gets it; nobody may
-            if pending.inlet is not None:
-                pending.inlet.fail(self._error)
+            if pending.listener is not None:
+                pending.listener.failed(told)
+        self._turn_to_the_oldest()
 
     # -- writing ------------------------------------------------------------------------------------
 
@@ -549,15 +480,17 @@ class Connection(asyncio.Protocol):
             with ending(self):
                 yield
 
-    def begin(self, name: str, inlet: Inlet | None = None) -> Pending:
+    def begin(self, name: str, listener: Listener | None = None) -> Pending:
         """Start a command line by its tag and name, inside of `writing` where there may be others."""
         self.commands += 1
-        pending = Pending(f"k{self.commands}", name, self._loop.create_future(), inlet=inlet)
+        pending = Pending(f"k{self.commands}", name, self._loop.create_future(), listener=listener)
         self.write(f"{pending.tag} {name}".encode("ascii"))
         if not self._pending:
             self._heard = self._since = self._loop.time()
             self._heard_bytes = self.received
         self._pending.append(pending)
+        if self._fetching is None and listener is not None:
+            self._turn_to_the_oldest()
         return pending
 
     async def literal(self, size: int, pending: Pending, *, binary: bool = False) -> bool:
@@ -576,7 +509,7 @@ class Connection(asyncio.Protocol):
         await pending.continued
         return not pending.answered.done()
 
-    async def send(self, name: str, *arguments: bytes | str, inlet: Inlet | None = None) -> Pending:
+    async def send(self, name: str, *arguments: bytes | str, listener: Listener | None = None) -> Pending:
         """Send a command without waiting for its answer.
 
         Args:
@@ -586,7 +519,7 @@ class Connection(asyncio.Protocol):
             RemoteError: the connection is gone.
         """
         async with self.writing():
-            pending = self.begin(name, inlet)
+            pending = self.begin(name, listener)
             for each in arguments:
                 if isinstance(each, str):
                     self.write(b" " + each.encode("utf-8", "surrogateescape"))
@@ -621,15 +554,16 @@ class Connection(asyncio.Protocol):
         """
         return await self.answer(await self.send(name, *arguments))
 
-    async def stream(self, name: str, *arguments: bytes | str, bodies: bool = False) -> Stream:
-        """Send a command whose answer is taken while it comes, bodies in pieces where it asks for some.
+    async def fetch(self, listener: Listener, name: str, *arguments: bytes | str) -> None:
+        """Send a command and wait until its listener was told everything.
 
         Raises:
+            Refused: NO or BAD.
             RemoteError: the connection is gone.
+            Exception: what the listener raised; the connection is gone too.
         """
-        inlet = Inlet(self, bodies=bodies)
-        await self.send(name, *arguments, inlet=inlet)
-        return Stream(name, inlet)
+        with ending(self, unless=(Refused,)):  # nobody would listen to the rest
+            await self.answer(await self.send(name, *arguments, listener=listener))
 
     # -- mailbox names ------------------------------------------------------------------------------
 
@@ -666,7 +600,7 @@ class Connection(asyncio.Protocol):
         except Refused as error:
             text = f"{self.server.host} refuses STARTTLS: {said(error.status)}"
             raise (Temporary if is_temporary(error.status) else Permanent)(text) from None
-        if not self._framer.is_between_lines:
+        if not self._answers.is_between_lines:
             raise Permanent(f"{self.server.host} says something before TLS: somebody is in between.")
         # What an eavesdropper could have said counts for nothing (RFC 3501 §6.2.1).
         self.capabilities = frozenset()

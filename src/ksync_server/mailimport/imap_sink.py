@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 
 from ksync_server.errors import BadRequest, Temporary
 from ksync_server.mailimport.connection import (
     Connection,
-    Piece,
+    Listener,
     Refused,
-    Start,
+    Whole,
     is_of_a_message,
     is_temporary,
     said,
-    together,
 )
 from ksync_server.mailimport.sinks import (
     Full,
@@ -44,8 +44,8 @@ _PIECE = 128 << 10  # read from a file and sent at once
 _STATUS_AT_ONCE = 20
 _AT_ONCE = 500  # messages of one COPY
 _SYSTEM = frozenset({"\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Seen"})
-_ITEMS = frozenset({"UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE"})
 _LOOK = "(UID FLAGS INTERNALDATE RFC822.SIZE)"
+_WHOLE = "(UID BODY.PEEK[])"
 _LIST = 'LIST "" "*"'
 
 
@@ -201,64 +201,52 @@ class ImapSink:
     async def strangers(self, name: str, since: int) -> list[Stranger]:
         """See `Sink`."""
         await self._select(name)
-        return [
-            Stranger(handle, seen.size, seen.received, seen.flags)
-            async for handle, seen in self._seen(f"{since}:*")
-            if int(handle) >= since  # `n:*` is never empty: it gives the last message (RFC 3501 §9)
-        ]
+        found: list[Stranger] = []
 
-    async def look(self, name: str, handles: Iterable[str]) -> AsyncIterator[tuple[str, Seen]]:
+        def take(uid: int, size: int, received: datetime, flags: tuple[str, ...], _: object) -> None:
+            if uid >= since:  # `n:*` is never empty: it gives the last message (RFC 3501 §9)
+                found.append(Stranger(str(uid), size, received, flags))
+
+        await self._connection.fetch(Whole(take), "UID FETCH", f"{since}:*", _LOOK)
+        return found
+
+    async def look(self, name: str, handles: Iterable[str]) -> Mapping[str, Seen]:
         """See `Sink`."""
         if self._selected == name:  # it was opened before the newest came
             await self._connection.ask("NOOP")
         await self._select(name)
-        for uids in imap.sequence_set(map(int, handles)):
-            async for found in self._seen(uids):
-                yield found
+        wanted = set(map(int, handles))
+        found: dict[str, Seen] = {}
 
-    async def _seen(self, uids: str) -> AsyncIterator[tuple[str, Seen]]:
-        async for found in together(await self._connection.stream("UID FETCH", uids, _LOOK), _ITEMS):
-            date = imap.internal_date(found["INTERNALDATE"])
-            size = imap.number(found["RFC822.SIZE"])
-            yield str(imap.number(found["UID"])), Seen(size, date, imap.flags(found["FLAGS"]))
+        def take(uid: int, size: int, received: datetime, flags: tuple[str, ...], _: object) -> None:
+            if uid in wanted:
+                found[str(uid)] = Seen(size, received, flags)
+
+        for uids in imap.sequence_set(wanted):
+            await self._connection.fetch(Whole(take), "UID FETCH", uids, _LOOK)
+        return found
 
     async def digests(
         self, name: str, handles: Iterable[str], *, as_stored: bool = False
     ) -> Mapping[str, bytes]:
         """See `Sink`."""
         await self._select(name)
-        digests: dict[str, bytes] = {}
         wanted = list(handles)
+        listener = _Digests(self._connection.longest, as_stored)
+        digests = listener.found
         for uids in imap.sequence_set(map(int, wanted)):
             try:
-                await self._digest(uids, digests, as_stored)
+                await self._connection.fetch(listener, "UID FETCH", uids, _WHOLE)
             except Refused as error:
                 self._require_of_a_message(error)
                 for handle in wanted:  # those that can be read are not worse for it
                     if handle not in digests:
                         try:
-                            await self._digest(handle, digests, as_stored)
+                            await self._connection.fetch(listener, "UID FETCH", handle, _WHOLE)
                         except Refused as one:
                             self._require_of_a_message(one)
                 break
         return digests
-
-    async def _digest(self, uids: str, digests: dict[str, bytes], as_stored: bool) -> None:
-        hashed = None
-        async for each in await self._connection.stream("UID FETCH", uids, "(UID BODY.PEEK[])", bodies=True):
-            if isinstance(each, Start):
-                if each.size > self._connection.longest:
-                    raise BadRequest(f"the destination sends {each.size} bytes for a message")
-                hashed = hashlib.sha256()
-            elif isinstance(each, Piece) and hashed is not None:
-                hashed.update(canonical(each.data) if as_stored else each.data)
-            elif isinstance(each, Fetched):
-                body, uid = each.found.get("BODY[]"), each.found.get("UID")
-                if isinstance(body, bytes):  # a short one may come in quotes
-                    hashed = hashlib.sha256(canonical(body) if as_stored else body)
-                if hashed is not None and uid is not None:
-                    digests[str(imap.number(uid))] = hashed.digest()
-                hashed = None
 
     def _require_of_a_message(self, error: Refused) -> None:
         if not is_of_a_message(error.status):
@@ -457,6 +445,35 @@ class ImapSink:
     def abort(self) -> None:
         """See `Sink`."""
         self._connection.abort()
+
+
+class _Digests(Listener):
+    """SHA-256 of messages, by handle."""
+
+    bodies = True
+
+    def __init__(self, longest: int, as_stored: bool) -> None:
+        self.found: dict[str, bytes] = {}
+        self._longest = longest
+        self._as_stored = as_stored
+        self._hashed: hashlib._Hash | None = None
+
+    def begins(self, size: int, uid: int | None) -> None:
+        if size > self._longest:
+            raise BadRequest(f"the destination sends {size} bytes for a message")
+        self._hashed = hashlib.sha256()
+
+    def piece(self, data: memoryview) -> None:
+        assert self._hashed is not None
+        self._hashed.update(canonical(data) if self._as_stored else data)
+
+    def fetched(self, each: Fetched) -> None:
+        body = each.others.get("BODY[]")
+        if isinstance(body, bytes):  # a short one may come in quotes
+            self._hashed = hashlib.sha256(canonical(body) if self._as_stored else body)
+        if self._hashed is not None and each.uid is not None:
+            self.found[str(each.uid)] = self._hashed.digest()
+        self._hashed = None
 
 
 def _all_of(found: Sequence[Placed | Unwanted | BaseException]) -> list[Placed | Unwanted]:

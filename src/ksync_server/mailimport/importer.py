@@ -405,7 +405,7 @@ class Importer:
                     fresh.setdefault(copy.target_id, {})[copy.handle] = copy
         for target_id, wanted in fresh.items():
             name = self._names[target_id]
-            found = {handle: seen async for handle, seen in self._sink.look(name, wanted)}
+            found = await self._sink.look(name, wanted)
             if target := self._targets.get(name):
                 target.newest = max([target.newest, *map(self._sink.uid, found)])
             again = {}

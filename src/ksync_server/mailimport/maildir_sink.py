@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -235,24 +235,23 @@ class MaildirSink:
 
         return await self._off(look)
 
-    async def look(self, name: str, handles: Iterable[str]) -> AsyncIterator[tuple[str, Seen]]:
+    async def look(self, name: str, handles: Iterable[str]) -> Mapping[str, Seen]:
         """See `Sink`."""
 
-        def seen() -> list[tuple[str, Seen]]:
+        def seen() -> dict[str, Seen]:
             self._files.pop(name, None)
             files = self._listed(name)
             keywords = self._keywords(name)
-            found = []
+            found = {}
             for handle in handles:
                 path = files.get(handle)
                 if path is None:
                     continue
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((handle, _seen(path, keywords)))
+                    found[handle] = _seen(path, keywords)
             return found
 
-        for each in await self._off(seen):
-            yield each
+        return await self._off(seen)
 
     async def digests(
         self, name: str, handles: Iterable[str], *, as_stored: bool = False

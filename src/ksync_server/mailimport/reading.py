@@ -18,7 +18,7 @@ from ksync_server.errors import RemoteError, Temporary
 from ksync_server.mailimport.connection import Refused, is_of_a_message, said
 from ksync_server.mailimport.ledger import Ledger
 from ksync_server.mailimport.sinks import Message, Parcel
-from ksync_server.mailimport.source import Bodies, Poisoned, Source
+from ksync_server.mailimport.source import Answer, Bodies, Poisoned, Source
 from ksync_server.wire.imap import Status
 
 _FIRST_WINDOW = 3 << 20  # bytes; a wider one is hardly quicker
@@ -173,53 +173,46 @@ class Reader:
         weight = sum(message.size for message in messages)
         await self._keep_to_the_pace(weight)
         while bodies.requests and (bodies.requests >= _REQUESTS or self._window.is_full_for(weight)):
-            missing += await self._take(bodies, put)
+            missing += await self._later(bodies, put)
         await self._window.enter(weight)
         await bodies.ask(messages)
 
-    async def _take(self, bodies: Bodies, put: Put) -> tuple[Message, ...]:
-        """Take what comes until a request is answered; those that did not come."""
-        most = max(self._window.limit, 4 * self._settings.whole_bytes)  # more only where sizes lie
-        parcels: list[Parcel] = []
+    async def _take(self, bodies: Bodies, put: Put) -> Answer:
+        """Wait until a request is answered; those that came go on."""
         try:
-            while isinstance(each := await bodies.take(), Parcel):
-                self._ledger.fetched_bytes += each.size
-                parcels.append(each)
-                most -= each.size
-                if most < 0:
-                    raise Poisoned([parcel.message for parcel in parcels], "its sizes are not what it says")
+            answer = await bodies.take()
         except Poisoned as error:
             raise self._poisoned(error, put) from None
-        finally:  # what came before a failure is kept
-            if parcels:
-                put(Batch(tuple(parcels), sum(parcel.message.size for parcel in parcels)))
-        if each.refused is not None:
-            _require_of_a_message(each.refused)
-        self._window.leave(sum(message.size for message in each.missing))
-        return each.missing
+        if answer.parcels:
+            self._ledger.fetched_bytes += sum(parcel.size for parcel in answer.parcels)
+            put(Batch(answer.parcels, sum(parcel.message.size for parcel in answer.parcels)))
+        if answer.refused is not None:
+            _require_of_a_message(answer.refused)
+        return answer
+
+    async def _later(self, bodies: Bodies, put: Put) -> tuple[Message, ...]:
+        """The same; those that did not come, which are asked for once more later."""
+        missing = (await self._take(bodies, put)).missing
+        self._window.leave(sum(message.size for message in missing))
+        return missing
 
     async def _drain(self, bodies: Bodies, missing: list[Message], put: Put) -> None:
         """Take all that was asked for; what did not come with the others is asked for alone."""
         while bodies.requests:
-            missing += await self._take(bodies, put)
+            missing += await self._later(bodies, put)
         for message in missing:
             await self._window.enter(message.size)
             await bodies.ask([message])
-            reason = "the server does not give it"
-            while isinstance(each := await bodies.take(), Parcel):
-                self._ledger.fetched_bytes += each.size
-                put(Batch((each,), each.message.size))
-            if not each.missing:
+            answer = await self._take(bodies, put)
+            if not answer.missing:
                 continue
-            if each.refused is not None:
-                _require_of_a_message(each.refused)
-                reason = said(each.refused)
+            reason = said(answer.refused) if answer.refused else "the server does not give it"
             is_there = await self._source.is_there(message.uid)
             put(Failed(message, reason if is_there else "", message.size))
         missing.clear()
 
     def _poisoned(self, error: Poisoned, put: Put) -> Temporary:
-        if len(error.messages) > 1:
+        if len(error.messages) != 1:
             return Suspects(f"the source cannot be read on: {error}")
         put(Failed(error.messages[0], str(error), 0))
         return Temporary(f"the source cannot be read on: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -168,7 +168,7 @@ class Sink(Protocol):
     ) -> frozenset[str]:
         """Add and remove flags: (handle, added, removed); those that the folder has no place for."""
 
-    def look(self, name: str, handles: Iterable[str]) -> AsyncIterator[tuple[str, Seen]]:
+    async def look(self, name: str, handles: Iterable[str]) -> Mapping[str, Seen]:
         """What the destination says of messages; those that are gone are missing."""
 
     async def close(self) -> None:

@@ -6,22 +6,16 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, KsyncError, Permanent, Temporary
-from ksync_server.mailimport.connection import (
-    Connection,
-    Ended,
-    Inlet,
-    Piece,
-    Refused,
-    Start,
-    is_temporary,
-    together,
-)
+from ksync_server.mailimport.connection import Connection, Listener, Refused, Whole, is_temporary
 from ksync_server.mailimport.plan import Folder, label
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
@@ -30,6 +24,7 @@ from ksync_server.wire.imap import Data, Fetched, Status
 _STATUS_AT_ONCE = 20
 _PART_BYTES = 1 << 20  # of a long message, asked for at once: what a crash may cost, so it is little
 _SUBJECT_BYTES = 4096
+_SUBJECTS = 1000  # kept
 _SCAN = ("UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE")
 _GMAIL = ("X-GM-LABELS", "X-GM-MSGID")
 
@@ -42,35 +37,45 @@ class Poisoned(KsyncError):
         self.messages = tuple(messages)
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A request for bodies is over."""
+class Answer(NamedTuple):
+    """What a request for bodies came to."""
 
+    parcels: tuple[Parcel, ...]  # that came since the last answer
     missing: tuple[Message, ...]  # did not come, with it or before
     refused: Status | None  # the answer where it was not OK
 
 
-class Bodies:
+class Bodies(Listener):
     """Bytes of messages that are asked for ahead, several requests at once; they come in the server's order.
+
+    What is asked for is taken as it comes: who asks bounds it.
 
     Args:
         source: its folder stays open meanwhile, and nothing else is asked of it.
     """
 
+    bodies = True
+
     def __init__(self, source: Source, settings: configuration.MailImport) -> None:
         self._connection = source.connection
-        self._inlet = Inlet(source.connection, bodies=True)
         self._longest = 2 * settings.whole_bytes  # of one whose size was said to be below that
-        self._requests: dict[str, tuple[Message, ...]] = {}  # by tag
+        # At once; there is more only where sizes lie.
+        self._most = max(settings.window_bytes, 4 * settings.whole_bytes)
+        self._requests: dict[str, Sequence[Message]] = {}  # by tag
         self._wanted: dict[int, Message] = {}
         self._pieces: list[memoryview] = []
-        self._hashed = hashlib.sha256()
-        self._size = -1  # of what came of a body; -1: no literal
+        self._hashed: hashlib._Hash | None = None
+        self._has_begun = False
+        self._parcels: list[Parcel] = []
+        self._came = 0  # bytes of bodies since the last answer
+        self._answers: deque[Answer] = deque()
+        self._error: Exception | None = None
+        self._taker: asyncio.Future[None] | None = None
 
     @property
     def requests(self) -> int:
         """How many are under way."""
-        return len(self._requests)
+        return len(self._requests) + len(self._answers)
 
     async def ask(self, messages: Sequence[Message]) -> None:
         """Ask for some messages without waiting for them.
@@ -80,48 +85,153 @@ class Bodies:
         """
         uids = ",".join(imap.sequence_set([message.uid for message in messages], longest=1 << 30))
         self._wanted |= {message.uid: message for message in messages}
-        pending = await self._connection.send("UID FETCH", uids, "(UID BODY.PEEK[])", inlet=self._inlet)
-        self._requests[pending.tag] = tuple(messages)
+        pending = await self._connection.send("UID FETCH", uids, "(UID BODY.PEEK[])", listener=self)
+        self._requests[pending.tag] = messages
 
-    async def take(self) -> Parcel | Answered:
-        """The next message, or the end of a request.
+    async def take(self) -> Answer:
+        """What the next request came to; what came before a failure is given before that is raised.
 
         Raises:
             Poisoned: a message is longer than any may be.
             RemoteError: the server failed.
         """
-        while True:
-            each = await self._inlet.take()
-            if isinstance(each, Piece):
-                self._size += len(each.data)
-                self._hashed.update(each.data)
-                self._pieces.append(each.data)
-            elif isinstance(each, Start):
-                self._pieces, self._hashed, self._size = [], hashlib.sha256(), 0
-                if each.size > self._longest:
-                    self._connection.abort()
-                    named = self._wanted.get(each.uid or 0)
-                    suspects = [named] if named else list(self._wanted.values())
-                    raise Poisoned(suspects, f"the server sends {each.size} bytes for it")
-            elif isinstance(each, Ended):
-                asked = self._requests.pop(each.tag)
-                missing = tuple(message for message in asked if self._wanted.pop(message.uid, None))
-                return Answered(missing, None if each.status.word == "OK" else each.status)
-            elif isinstance(each, Fetched) and (parcel := self._parcel(each.found)) is not None:
-                return parcel
+        while not self._answers:
+            if self._error is not None:
+                raise self._error
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        return self._answers.popleft()
 
-    def _parcel(self, named: dict[str, imap.Value]) -> Parcel | None:
-        if "BODY[]" not in named or "UID" not in named:
-            return None  # unasked for: the flags of a message changed
-        pieces, digest, size = tuple(self._pieces), self._hashed.digest(), self._size
-        self._pieces, self._size = [], -1
-        body = named["BODY[]"]
+    # -- Listener -----------------------------------------------------------------------------------
+
+    def begins(self, size: int, uid: int | None) -> None:
+        """See `Listener`."""
+        self._pieces, self._hashed, self._has_begun = [], None, True
+        if size > self._longest:
+            named = self._wanted.get(uid or 0)
+            suspects = [named] if named else list(self._wanted.values())
+            raise Poisoned(suspects, f"the server sends {size} bytes for it")
+        self._came += size
+        if self._came > self._most:
+            came = [parcel.message for parcel in self._parcels]
+            raise Poisoned(came or list(self._wanted.values()), "its sizes are not what it says")
+
+    def piece(self, data: memoryview) -> None:
+        """See `Listener`."""
+        if self._hashed is None:
+            self._hashed = hashlib.sha256(data)
+        else:
+            self._hashed.update(data)
+        self._pieces.append(data)
+
+    def fetched(self, each: Fetched) -> None:
+        """See `Listener`."""
+        if each.uid is None or "BODY[]" not in each.others:
+            return  # unasked for: the flags of a message changed
+        pieces, hashed, has_begun = self._pieces, self._hashed, self._has_begun
+        self._pieces, self._hashed, self._has_begun = [], None, False
+        body = each.others["BODY[]"]
         if isinstance(body, bytes):  # a short one may come in quotes
-            pieces, digest, size = (memoryview(body),), hashlib.sha256(body).digest(), len(body)
-        if size < 0:  # NIL: the server cannot read it
-            return None
-        message = self._wanted.pop(imap.number(named["UID"]), None)
-        return None if message is None else Parcel(message, size, digest, pieces)
+            pieces, hashed = [memoryview(body)], hashlib.sha256(body)
+        elif not has_begun:  # NIL: the server cannot read it
+            return
+        message = self._wanted.pop(each.uid, None)
+        if message is not None:
+            digest = (hashed or hashlib.sha256()).digest()
+            size = sum(map(len, pieces))
+            self._parcels.append(Parcel(message, size, digest, tuple(pieces)))
+
+    def answered(self, tag: str, status: Status) -> None:
+        """See `Listener`."""
+        asked = self._requests.pop(tag)
+        missing = tuple(message for message in asked if self._wanted.pop(message.uid, None))
+        self._answers.append(Answer(self._came_so_far(), missing, None if status.word == "OK" else status))
+        self._wake()
+
+    def failed(self, error: Exception) -> None:
+        """See `Listener`."""
+        if self._error is None:
+            self._error = error
+            if self._parcels:
+                self._answers.append(Answer(self._came_so_far(), (), None))
+            self._wake()
+
+    def _came_so_far(self) -> tuple[Parcel, ...]:
+        parcels = tuple(self._parcels)
+        self._parcels.clear()
+        self._came = 0
+        return parcels
+
+    def _wake(self) -> None:
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
+
+
+class _Subjects(Listener):
+    bodies = True
+
+    def __init__(self) -> None:
+        self.found: dict[int, str] = {}
+        self._body = bytearray()
+
+    def begins(self, size: int, uid: int | None) -> None:
+        self._body.clear()
+        if size > 2 * _SUBJECT_BYTES:
+            raise BadRequest("a subject is longer than was asked for")
+
+    def piece(self, data: memoryview) -> None:
+        self._body += data
+
+    def fetched(self, each: Fetched) -> None:
+        if each.uid is not None and len(self.found) < _SUBJECTS:
+            text = bytes(self._body).partition(b":")[2].decode("utf-8", "replace")
+            self.found[each.uid] = " ".join(text.split())[:200]
+
+
+class _Part(Listener):
+    """A part of a long message, written to its file as it comes."""
+
+    bodies = True
+
+    def __init__(self, message: Message, file: IO[bytes], at: int, longest: int) -> None:
+        self._message = message
+        self._file = file
+        self._at = at
+        self._longest = longest
+        self._has_begun = False
+        self.came = 0  # bytes
+        self.is_there = False
+
+    def begins(self, size: int, uid: int | None) -> None:
+        if self._at + self.came + size > self._longest:
+            raise Poisoned([self._message], f"longer than {self._longest} bytes")
+        self._has_begun = True
+
+    def piece(self, data: memoryview) -> None:
+        self._file.write(data)
+        self.came += len(data)
+
+    def fetched(self, each: Fetched) -> None:
+        for body in (each.others[name] for name in each.others if name.startswith("BODY[]")):
+            if isinstance(body, bytes):  # a short one may come in quotes
+                self._file.write(body)
+                self.came += len(body)
+            # NIL: the server cannot read it; some say it of what is behind the end.
+            self.is_there |= self._has_begun or isinstance(body, bytes) or 0 < self._message.size <= self._at
+        if "BODY[]" in each.others and self._at and self.came:
+            self._file.truncate(self._at)
+            raise Temporary("the server gives no parts of a message")
+
+
+class _Is(Listener):
+    """Whether a message is there."""
+
+    def __init__(self, uid: int) -> None:
+        self._uid = uid
+        self.there = False
+
+    def fetched(self, each: Fetched) -> None:
+        self.there |= each.uid == self._uid
 
 
 class Source:
@@ -231,29 +341,24 @@ class Source:
 
         Cost: one command; 400 bytes a message.
         """
-        names = _SCAN + _GMAIL if self.is_gmail else _SCAN
+        others = _GMAIL if self.is_gmail else ()
         changed = f" (CHANGEDSINCE {since})" if since else ""
-        stream = await self.connection.stream("UID FETCH", f"{first}:{last}", f"({' '.join(names)}){changed}")
-        found = {}
-        async for each in together(stream, frozenset(names)):
-            message = self._message(each)
-            if first <= message.uid <= last:
-                found[message.uid] = message
-        return [found[uid] for uid in sorted(found)]
+        found: dict[int, Message] = {}
 
-    def _message(self, found: dict[str, imap.Value]) -> Message:
-        labels = found.get("X-GM-LABELS")
-        return Message(
-            imap.number(found["UID"]),
-            imap.number(found["RFC822.SIZE"]),
-            imap.internal_date(found["INTERNALDATE"]),
-            imap.flags(found["FLAGS"]),
-            # In modified UTF-7 even where the names of folders are UTF-8 (RFC 6855).
-            tuple(label(imap.decode_name(imap.string(each))) for each in labels)
-            if isinstance(labels, list)
-            else (),
-            str(found.get("X-GM-MSGID") or ""),
-        )
+        def take(
+            uid: int,
+            size: int,
+            received: datetime,
+            flags: tuple[str, ...],
+            said: Mapping[str, imap.Value],
+        ) -> None:
+            if first <= uid <= last:
+                found[uid] = Message(uid, size, received, flags, *(_labelled(said) if others else ()))
+
+        items = " ".join(_SCAN + others)
+        listener = Whole(take, others)
+        await self.connection.fetch(listener, "UID FETCH", f"{first}:{last}", f"({items}){changed}")
+        return [found[uid] for uid in sorted(found)]
 
     async def subjects(self, uids: Sequence[int]) -> dict[int, str]:
         """The subjects of a few messages of the open folder, for a report; as they are written, cut short.
@@ -262,24 +367,11 @@ class Source:
             BadRequest: the server sends more than that.
             RemoteError: the server failed.
         """
-        found: dict[int, str] = {}
-        body = bytearray()
+        listener = _Subjects()
         item = f"(UID BODY.PEEK[HEADER.FIELDS (SUBJECT)]<0.{_SUBJECT_BYTES}>)"
         for some in imap.sequence_set(uids):
-            async for each in await self.connection.stream("UID FETCH", some, item, bodies=True):
-                if isinstance(each, Start):
-                    body.clear()
-                    if each.size > 2 * _SUBJECT_BYTES:
-                        self.connection.abort()
-                        raise BadRequest("a subject is longer than was asked for")
-                elif isinstance(each, Piece):
-                    body += each.data
-                elif isinstance(each, Fetched):
-                    uid = each.found.get("UID")
-                    if isinstance(uid, str) and imap.is_number(uid):
-                        text = bytes(body).partition(b":")[2].decode("utf-8", "replace")
-                        found[int(uid)] = " ".join(text.split())[:200]
-        return found
+            await self.connection.fetch(listener, "UID FETCH", some, item)
+        return listener.found
 
     # -- bytes: see also `Bodies` -------------------------------------------------------------------
 
@@ -297,44 +389,30 @@ class Source:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
             while True:
                 at = file.seek(0, 2)
-                came, has_begun, there = 0, False, False
-                part = f"(UID BODY.PEEK[]<{at}.{_PART_BYTES}>)"
-                async for each in await self.connection.stream(
-                    "UID FETCH", str(message.uid), part, bodies=True
-                ):
-                    if isinstance(each, Start) and at + came + each.size > self._settings.message_bytes:
-                        self.connection.abort()
-                        raise Poisoned([message], f"longer than {self._settings.message_bytes} bytes")
-                    has_begun |= isinstance(each, Start)
-                    if isinstance(each, Piece):
-                        file.write(each.data)
-                        came += len(each.data)
-                    elif isinstance(each, Fetched):
-                        bodies = [each.found[name] for name in each.found if name.startswith("BODY[]")]
-                        for body in bodies:
-                            if isinstance(body, bytes):  # a short one may come in quotes
-                                file.write(body)
-                                came += len(body)
-                            # NIL: the server cannot read it; some say it of what is behind the end.
-                            there |= has_begun or isinstance(body, bytes) or 0 < message.size <= at
-                        if "BODY[]" in each.found and at and came:
-                            file.truncate(at)
-                            raise Temporary("the server gives no parts of a message")
-                if not there:
+                part = _Part(message, file, at, self._settings.message_bytes)
+                item = f"(UID BODY.PEEK[]<{at}.{_PART_BYTES}>)"
+                await self.connection.fetch(part, "UID FETCH", str(message.uid), item)
+                if not part.is_there:
                     return None
                 file.flush()
-                if came < _PART_BYTES:
+                if part.came < _PART_BYTES:
                     break
         size, digest = await asyncio.to_thread(_hashed, path)
         return Parcel(message, size, digest, file=path)
 
     async def is_there(self, uid: int) -> bool:
         """Whether a message of the open folder has not gone."""
-        found = False
-        async for each in await self.connection.stream("UID FETCH", str(uid), "(UID)"):
-            if isinstance(each, Fetched) and each.found.get("UID") == str(uid):
-                found = True
-        return found
+        listener = _Is(uid)
+        await self.connection.fetch(listener, "UID FETCH", str(uid), "(UID)")
+        return listener.there
+
+
+def _labelled(said: Mapping[str, imap.Value]) -> tuple[tuple[str, ...], str]:
+    """Gmail's labels and number of a message."""
+    labels = said.get("X-GM-LABELS")
+    # In modified UTF-7 even where the names of folders are UTF-8 (RFC 6855).
+    names = (imap.decode_name(imap.string(each)) for each in labels) if isinstance(labels, list) else ()
+    return tuple(map(label, names)), str(said.get("X-GM-MSGID") or "")
 
 
 def _with(folder: Folder, numbers: dict[str, int]) -> Folder:
