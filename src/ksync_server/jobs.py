@@ -145,10 +145,18 @@ class Job:
 
         Cost: one transaction, one UPDATE besides the effects.
         """
-        text = json.dumps(state)
+        text, began = json.dumps(state), steady()
+        self._kept(text, began, self.database.write(self._keeping(text, effects)))
+
+    async def checkpointed(self, state: object, effects: Callable[[Write], object] | None = None) -> None:
+        """`checkpoint` for the event loop."""
+        text, began = json.dumps(state), steady()
+        self._kept(text, began, await self.database.writing(self._keeping(text, effects)))
+
+    def _keeping(self, text: str, effects: Callable[[Write], object] | None) -> Callable[[Write], bool]:
         self.is_unsaid = False
 
-        def commit(tx: Write) -> bool:
+        def keep(tx: Write) -> bool:
             # First: from here to the end of the transaction nobody can take the job over.
             row = tx.one(_CHECKPOINT, {**self.values(), "checkpoint_": text})
             if row is None:
@@ -157,11 +165,12 @@ class Job:
                 effects(tx)
             return bool(row[0])
 
-        began = steady()
-        self.cancelled = self.database.write(commit)
-        self.ours_at = began
+        return keep
+
+    def _kept(self, text: str, began: float, cancelled: bool) -> None:
+        self.cancelled, self.ours_at = cancelled, began
         self.state, self.tries = json.loads(text), 1
-        if self.cancelled:
+        if cancelled:
             raise Cancelled
         if self._leave():
             raise Yielded

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,14 +60,11 @@ class Ledger:
     """The store, for one run.
 
     Args:
-        thread: runs what blocks, one after the other.
         budget: the account whose bytes of the day are counted.
         received: says how many bytes came from the source so far.
     """
 
-    def __init__(
-        self, job: Job, database: Database, thread: Executor, budget: str, received: Callable[[], int]
-    ) -> None:
+    def __init__(self, job: Job, database: Database, budget: str, received: Callable[[], int]) -> None:
         state = job.state or {}
         self.counters = Counters(**state.get("counters", {}))
         self.is_first_run = "counters" not in state
@@ -83,55 +79,56 @@ class Ledger:
         self.generation = database.generation
         self._job = job
         self._database = database
-        self._thread = thread
         self._budget = budget
         self._received = received
         self._counted_bytes = 0  # of `fetched_bytes`: they are in the account's day
         self._began = time.monotonic()
+        self._waiting: list[Callable[[Write], object]] = []  # for the next transaction
+        self._next: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
     async def commit(self, effects: Callable[..., object], *arguments: object) -> None:
-        """Rows, counters, and the lease, in one transaction.
+        """Rows, counters, and the lease, in one transaction; with those of others where several wait for it.
 
         Raises:
             Left: see `Job.checkpoint`.
         """
-        fetched = self.fetched_bytes - self._counted_bytes
-        self._counted_bytes += fetched
-        self.counters.fetched_bytes += fetched
-        state = {
-            **(self._job.state or {}),
-            "is_running": True,
-            "counters": self.counters.kept(),
-            "settled": self.settled,
-            "unmade": self.unmade,
-            "singly": self.singly,
-        }
-        self._progress()
+        self._waiting.append(lambda tx: effects(tx, *arguments))
+        if self._next is None:
+            self._next = asyncio.create_task(self._commit())
+        await asyncio.shield(self._next)
 
-        def all_of_it(tx: Write) -> None:
-            effects(tx, *arguments)
-            if fetched > 0:
-                records.spend(tx, self._budget, fetched)
+    async def _commit(self) -> None:
+        async with self._turn:
+            waiting, self._waiting, self._next = self._waiting, [], None
+            fetched = self.fetched_bytes - self._counted_bytes
+            self._counted_bytes += fetched
+            self.counters.fetched_bytes += fetched
+            state = {
+                **(self._job.state or {}),
+                "is_running": True,
+                "counters": self.counters.kept(),
+                "settled": self.settled,
+                "unmade": self.unmade,
+                "singly": self.singly,
+            }
+            self._progress()
 
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._job.checkpoint, state, all_of_it)
+            def all_of_it(tx: Write) -> None:
+                for effects in waiting:
+                    effects(tx)
+                if fetched > 0:
+                    records.spend(tx, self._budget, fetched)
+
+            await self._job.checkpointed(state, all_of_it)
 
     async def read(self, fn: Callable[..., Any], *arguments: object) -> Any:
         """What a function says of a snapshot."""
-
-        def read() -> Any:
-            with self._database.read() as tx:
-                return fn(tx, *arguments)
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, read)
+        return await self._database.reading(lambda tx: fn(tx, *arguments))
 
     async def write(self, fn: Callable[..., Any], *arguments: object) -> Any:
         """Change rows beside the checkpoint."""
-
-        def write(tx: Write) -> Any:
-            return fn(tx, *arguments)
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._database.write, write)
+        return await self._database.writing(lambda tx: fn(tx, *arguments))
 
     async def spent(self) -> tuple[int, int]:
         """Bytes of the account's day, and the seconds until it starts anew."""

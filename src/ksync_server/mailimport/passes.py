@@ -16,7 +16,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,29 +265,28 @@ class _Run:
             Left: from the job's checkpoints.
         """
         options = msgspec.convert(self._import.options, Options)
-        with ThreadPoolExecutor(1, thread_name_prefix="import-rows") as thread:
-            source = await self._source()
-            with ending(source.connection):
-                secret = self._open(TARGET)
-                sink = await open_sink(
-                    self._settings,
-                    self._import.target,
-                    secret,
-                    tag=str(self._import.id),
-                    mailbox=self._mailbox,
-                    require_turn=self._job.require_lease,
-                )
-                with ending(sink):
-                    report = await self._copy(options, source, sink, thread)
-            await sink.close()
-            await source.connection.close()
-            return report
+        source = await self._source()
+        with ending(source.connection):
+            secret = self._open(TARGET)
+            sink = await open_sink(
+                self._settings,
+                self._import.target,
+                secret,
+                tag=str(self._import.id),
+                mailbox=self._mailbox,
+                require_turn=self._job.require_lease,
+            )
+            with ending(sink):
+                report = await self._copy(options, source, sink)
+        await sink.close()
+        await source.connection.close()
+        return report
 
-    async def _copy(self, options: Options, source: Source, sink: Sink, thread: Executor) -> dict[str, Any]:
+    async def _copy(self, options: Options, source: Source, sink: Sink) -> dict[str, Any]:
         settings = self._settings.mail_import
         connection = source.connection
         account = f"{connection.server.host} {connection.server.user}"
-        ledger = Ledger(self._job, self._database, thread, account, lambda: connection.received)
+        ledger = Ledger(self._job, self._database, account, lambda: connection.received)
         importer = Importer(ledger, settings, self._import, options, source, sink, self._window)
         folders, insane = sane(await source.folders())
         for name in insane:
