@@ -1,9 +1,9 @@
 """One connection to an IMAP server: TLS, log-in, pipelined commands, bodies that are never held whole.
 
-Answers are matched to commands by tag; untagged data go to the oldest command that is not answered, what is
+Answers are matched to commands by tag; untagged data go to the oldest command that asks for such, what is
 said of messages to the listener of the oldest that fetches, as it comes: who asks for much bounds it. Some
-servers (Dovecot) work on several FETCH commands at once, so those under way share one listener and tell
-messages apart by UID (RFC 3501 §5.5).
+servers (Dovecot) work on several commands at once: data of a later one may come before the answer to an earlier
+one, and FETCH commands under way share one listener and tell messages apart by UID (RFC 3501 §5.5).
 """
 
 from __future__ import annotations
@@ -34,6 +34,20 @@ MECHANISMS = ("password", "xoauth2")
 _UNSENT = 256 << 10  # bytes that wait to be sent, in the process and in its socket
 _READ = 64 << 10  # asked of zlib at once
 _SMALL_LITERAL = 4096  # LITERAL- (RFC 7888 §5)
+_OPENS = ("SELECT", "EXAMINE")
+_ASKERS = {  # untagged data that we look at, and which commands they answer
+    "ENABLED": ("ENABLE",),
+    "EXISTS": _OPENS,
+    "LIST": ("LIST",),
+    "NAMESPACE": ("NAMESPACE",),
+    "QUOTA": ("GETQUOTAROOT",),
+    "STATUS": ("STATUS", "LIST"),
+    "[COPYUID]": ("UID COPY",),
+    "[HIGHESTMODSEQ]": _OPENS,
+    "[PERMANENTFLAGS]": _OPENS,
+    "[UIDNEXT]": _OPENS,
+    "[UIDVALIDITY]": _OPENS,
+}
 _ANSWERS = 10_000_000  # to one command: a folder has fewer messages, and a server that never ends is left
 _HELD_ANSWERS = 250_000  # the same where they are kept until the end
 _PARTS = 1000  # messages of which something was said, and something not
@@ -214,16 +228,6 @@ class Pending:
         if self.answers > most:
             raise BadRequest(f"more than {most} answers to {self.name}")
 
-    def keep(self, data: Data) -> None:
-        """Untagged data that came before the answer.
-
-        Raises:
-            BadRequest: more than there may be.
-        """
-        if self.listener is None:
-            self.count(_HELD_ANSWERS)
-            self.data.append(data)
-
 
 class Connection(asyncio.Protocol):
     """A connection; made by `connect`, ended by `close`."""
@@ -338,8 +342,8 @@ class Connection(asyncio.Protocol):
             if response.name == "EXPUNGE" and self._fetching is not None:
                 assert self._fetching.listener is not None
                 self._fetching.listener.expunged(response.number or 0)
-            elif self._pending:
-                self._pending[0].keep(response)
+            else:
+                self._keep(response)
         elif response.tag:
             self._tagged(response)
         else:
@@ -370,8 +374,18 @@ class Connection(asyncio.Protocol):
             self._greeting.set_result(status)
         elif status.word == "BYE":
             self._fail(Temporary(f"{self.server.host} ends the connection: {said(status)}"))
-        elif status.code and self._pending:
-            self._pending[0].keep(Data(f"[{status.code}]", None, list(status.arguments)))
+        elif status.code:
+            self._keep(Data(f"[{status.code}]", None, list(status.arguments)))
+
+    def _keep(self, data: Data) -> None:
+        """For the oldest command that asks for such."""
+        askers = _ASKERS.get(data.name)
+        if askers is not None:
+            for pending in self._pending:
+                if pending.name.startswith(askers):
+                    pending.count(_HELD_ANSWERS)
+                    pending.data.append(data)
+                    return
 
     def _turn_to_the_oldest(self) -> None:
         """Say who fetches."""

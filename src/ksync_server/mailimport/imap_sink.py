@@ -2,6 +2,7 @@
 
 One connection. Messages go in batches where the server has MULTIAPPEND, else one by one. Where UIDPLUS says
 which UIDs they got, the next are sent without waiting for the answer to the last; else that is asked for.
+What is asked about a folder goes between the batches.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
 from ksync_server.errors import BadRequest, Temporary
@@ -18,6 +19,7 @@ from ksync_server.mailimport.connection import (
     Listener,
     Refused,
     Whole,
+    ending,
     is_of_a_message,
     is_temporary,
     said,
@@ -61,7 +63,8 @@ class ImapSink:
         self._connection = connection
         self._require_turn = require_turn
         self._selected = ""
-        self._permitted: frozenset[str] | None = None  # keywords of the selected folder; None = any
+        self._selecting = asyncio.Lock()  # until what is done in the selected folder is sent
+        self._permitted: dict[str, frozenset[str] | None] = {}  # keywords that a folder keeps; None = any
         self._order = asyncio.Lock()  # of batches
         self._alone = asyncio.Lock()  # where UIDs are told by what is new in a folder
         self.separator = "/"
@@ -184,37 +187,48 @@ class ImapSink:
             return Held(*(imap.number(named.get(name)) for name in ("UIDVALIDITY", "UIDNEXT", "MESSAGES")))
         raise Temporary("the destination does not say how a folder is")
 
+    @contextlib.asynccontextmanager
+    async def _in(self, name: str, *, now: bool = False) -> AsyncIterator[None]:
+        """A block in which what is sent is done in a folder; batches may go on their way meanwhile.
+
+        Args:
+            now: as the folder is now, what came since it was selected included.
+        """
+        async with self._selecting:
+            if self._selected == name:
+                if now:
+                    await self._connection.ask("NOOP")
+            else:
+                await self._select(name)
+            yield
+
     async def _select(self, name: str) -> None:
-        if self._selected == name:
-            return
         self._selected = ""
         reply = await self._connection.ask("SELECT", self._connection.encoded(name))
-        self._permitted = None
+        self._permitted[name] = None
         for found in reply.named("[PERMANENTFLAGS]"):
             if found.values and isinstance(found.values[0], list):
                 flags = {str(each) for each in found.values[0]}
-                self._permitted = None if "\\*" in flags else frozenset(each.lower() for each in flags)
+                keeps_all = "\\*" in flags
+                self._permitted[name] = None if keeps_all else frozenset(each.lower() for each in flags)
         self._selected = name
 
     # -- what is there ----------------------------------------------------------------------------
 
     async def strangers(self, name: str, since: int) -> list[Stranger]:
         """See `Sink`."""
-        await self._select(name)
         found: list[Stranger] = []
 
         def take(uid: int, size: int, received: datetime, flags: tuple[str, ...], _: object) -> None:
             if uid >= since:  # `n:*` is never empty: it gives the last message (RFC 3501 §9)
                 found.append(Stranger(str(uid), size, received, flags))
 
-        await self._connection.fetch(Whole(take), "UID FETCH", f"{since}:*", _LOOK)
+        async with self._in(name, now=True):
+            await self._connection.fetch(Whole(take), "UID FETCH", f"{since}:*", _LOOK)
         return found
 
     async def look(self, name: str, handles: Iterable[str]) -> Mapping[str, Seen]:
         """See `Sink`."""
-        if self._selected == name:  # it was opened before the newest came
-            await self._connection.ask("NOOP")
-        await self._select(name)
         wanted = set(map(int, handles))
         found: dict[str, Seen] = {}
 
@@ -222,30 +236,37 @@ class ImapSink:
             if uid in wanted:
                 found[str(uid)] = Seen(size, received, flags)
 
-        for uids in imap.sequence_set(wanted):
-            await self._connection.fetch(Whole(take), "UID FETCH", uids, _LOOK)
+        listener, connection = Whole(take), self._connection
+        with ending(connection, unless=(Refused,)):  # nobody would listen to the rest
+            async with self._in(name, now=True):
+                sent = [
+                    await connection.send("UID FETCH", uids, _LOOK, listener=listener)
+                    for uids in imap.sequence_set(wanted)
+                ]
+            for pending in sent:
+                await connection.answer(pending)
         return found
 
     async def digests(
         self, name: str, handles: Iterable[str], *, as_stored: bool = False
     ) -> Mapping[str, bytes]:
         """See `Sink`."""
-        await self._select(name)
         wanted = list(handles)
         listener = _Digests(self._connection.longest, as_stored)
         digests = listener.found
-        for uids in imap.sequence_set(map(int, wanted)):
-            try:
-                await self._connection.fetch(listener, "UID FETCH", uids, _WHOLE)
-            except Refused as error:
-                self._require_of_a_message(error)
-                for handle in wanted:  # those that can be read are not worse for it
-                    if handle not in digests:
-                        try:
-                            await self._connection.fetch(listener, "UID FETCH", handle, _WHOLE)
-                        except Refused as one:
-                            self._require_of_a_message(one)
-                break
+        async with self._in(name):
+            for uids in imap.sequence_set(map(int, wanted)):
+                try:
+                    await self._connection.fetch(listener, "UID FETCH", uids, _WHOLE)
+                except Refused as error:
+                    self._require_of_a_message(error)
+                    for handle in wanted:  # those that can be read are not worse for it
+                        if handle not in digests:
+                            try:
+                                await self._connection.fetch(listener, "UID FETCH", handle, _WHOLE)
+                            except Refused as one:
+                                self._require_of_a_message(one)
+                    break
         return digests
 
     def _require_of_a_message(self, error: Refused) -> None:
@@ -261,8 +282,10 @@ class ImapSink:
         """
         filled = [parcel for parcel in parcels if parcel.size]
         async with self._order:  # none goes before one that asks
-            if not all(_SYSTEM.issuperset(parcel.message.flags) for parcel in filled):
-                await self._select(name)  # it says which keywords it keeps
+            is_plain = all(_SYSTEM.issuperset(parcel.message.flags) for parcel in filled)
+            if not is_plain and name not in self._permitted:
+                async with self._in(name):  # it says which keywords it keeps
+                    pass
         async with contextlib.nullcontext() if self._says_uids else self._alone:
             placed = iter(await self._put(name, filled) if filled else ())
         return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
@@ -280,14 +303,14 @@ class ImapSink:
         except Refused as error:
             self._raise_where_temporary(error)
         else:
-            return [Placed(uid, self._lost(parcel)) for uid, parcel in zip(uids, parcels, strict=True)]
+            return [Placed(uid, self._lost(name, parcel)) for uid, parcel in zip(uids, parcels, strict=True)]
         # Nothing of a refused batch is there (RFC 3502 §3): halves of it find the message that is not wanted.
         half = len(parcels) // 2
         return [*await self._put(name, parcels[:half]), *await self._put(name, parcels[half:])]
 
     async def _put_one(self, name: str, parcel: Parcel) -> Placed | Unwanted:
         try:
-            return Placed((await self._append(name, [parcel]))[0], self._lost(parcel))
+            return Placed((await self._append(name, [parcel]))[0], self._lost(name, parcel))
         except Refused as error:
             self._raise_where_temporary(error)
             refusal = error
@@ -301,10 +324,12 @@ class ImapSink:
                 self._raise_where_temporary(error)
         return Unwanted(said(refusal.status))
 
-    def _lost(self, parcel: Parcel) -> tuple[str, ...]:
-        """Flags that the folder at hand has no place for."""
+    def _lost(self, name: str, parcel: Parcel) -> tuple[str, ...]:
+        """Flags that a folder has no place for."""
         flags = parcel.message.flags
-        return () if _SYSTEM.issuperset(flags) else tuple(flag for flag in flags if not self._keeps(flag))
+        if _SYSTEM.issuperset(flags):
+            return ()
+        return tuple(flag for flag in flags if not self._keeps(name, flag))
 
     def _raise_where_temporary(self, error: Refused) -> None:
         """What is no matter of the message.
@@ -341,7 +366,7 @@ class ImapSink:
             for parcel in parcels:
                 message = parcel.message
                 wanted = message.flags if flags is None else flags
-                kept = " ".join(flag for flag in wanted if self._keeps(flag))
+                kept = " ".join(flag for flag in wanted if self._keeps(name, flag))
                 connection.write(b" (%s) %s" % (kept.encode("ascii"), imap.write_date(message.received)))
                 if not await connection.literal(parcel.size, pending):
                     break
@@ -376,8 +401,6 @@ class ImapSink:
         Raises:
             Temporary: they cannot be told; `strangers` will settle it by SHA-256.
         """
-        if self._selected == name:
-            await self._connection.ask("NOOP")
         found = await self.strangers(name, before.uid_next)
         if [each.size for each in found] != [parcel.size for parcel in parcels]:
             raise Temporary("the destination does not say which UIDs it gave")
@@ -386,25 +409,24 @@ class ImapSink:
     async def link(self, name: str, handles: Sequence[str], to: str) -> Mapping[str, str]:
         """See `Sink`."""
         connection = self._connection
-        await self._select(name)
         made: dict[str, str] = {}
         ordered = sorted(map(int, handles))
         for at in range(0, len(ordered), _AT_ONCE):
             some = ordered[at : at + _AT_ONCE]
             before = None if self._says_uids else await self._status(connection.encoded(to))
-            for uids in imap.sequence_set(some):
-                self._require_turn()
-                try:
-                    reply = await connection.ask("UID COPY", uids, connection.encoded(to))
-                except Refused as error:
-                    self._raise_where_temporary(error)
-                    raise
-                made |= _copied(reply.status)
-                for found in reply.named("[COPYUID]"):
-                    made |= _pairs(found.values)
+            async with self._in(name):
+                for uids in imap.sequence_set(some):
+                    self._require_turn()
+                    try:
+                        reply = await connection.ask("UID COPY", uids, connection.encoded(to))
+                    except Refused as error:
+                        self._raise_where_temporary(error)
+                        raise
+                    made |= _copied(reply.status)
+                    for found in reply.named("[COPYUID]"):
+                        made |= _pairs(found.values)
             if before is not None:
                 found_there = await self.strangers(to, before.uid_next)
-                await self._select(name)
                 if len(found_there) == len(some):
                     made |= {str(uid): each.handle for uid, each in zip(some, found_there, strict=True)}
         return made
@@ -413,30 +435,31 @@ class ImapSink:
         self, name: str, changes: Iterable[tuple[str, frozenset[str], frozenset[str]]]
     ) -> frozenset[str]:
         """See `Sink`."""
-        await self._select(name)
         groups: dict[tuple[str, frozenset[str]], list[int]] = {}
         lost: set[str] = set()
-        for handle, added, removed in changes:
-            lost |= {flag for flag in added if not self._keeps(flag)}
-            for sign, flags in (("+", added), ("-", removed)):
-                kept = frozenset(flag for flag in flags if self._keeps(flag))
-                if kept:
-                    groups.setdefault((sign, kept), []).append(int(handle))
-        for (sign, flags), uids in groups.items():
-            for some in imap.sequence_set(uids):
-                try:
-                    await self._connection.ask(
-                        "UID STORE", some, f"{sign}FLAGS.SILENT ({' '.join(sorted(flags))})"
-                    )
-                except Refused as error:
-                    self._raise_where_temporary(error)
-                    raise
+        async with self._in(name):
+            for handle, added, removed in changes:
+                lost |= {flag for flag in added if not self._keeps(name, flag)}
+                for sign, flags in (("+", added), ("-", removed)):
+                    kept = frozenset(flag for flag in flags if self._keeps(name, flag))
+                    if kept:
+                        groups.setdefault((sign, kept), []).append(int(handle))
+            for (sign, flags), uids in groups.items():
+                for some in imap.sequence_set(uids):
+                    try:
+                        await self._connection.ask(
+                            "UID STORE", some, f"{sign}FLAGS.SILENT ({' '.join(sorted(flags))})"
+                        )
+                    except Refused as error:
+                        self._raise_where_temporary(error)
+                        raise
         return frozenset(lost)
 
-    def _keeps(self, flag: str) -> bool:
+    def _keeps(self, name: str, flag: str) -> bool:
         if flag in _SYSTEM:
             return True
-        return imap.is_flag(flag) and (self._permitted is None or flag.lower() in self._permitted)
+        permitted = self._permitted.get(name)
+        return imap.is_flag(flag) and (permitted is None or flag.lower() in permitted)
 
     async def close(self) -> None:
         """See `Sink`."""

@@ -1,7 +1,8 @@
 """One pass of an import: copy what is new, carry flags, ask the destination for each message, report.
 
     source:        each folder: scan -> bodies -> [window] ...                          (`walking`, `reading`)
-    destination:   -> placed -> rows and checkpoint ... -> labels -> flags -> it says what it has -> settled
+    destination:   -> placed -> rows and checkpoint ... -> labels -> flags
+                      beside the next: -> it says what it has -> settled
 
 What is placed and has no row yet is bounded by the window. Whatever ends the run, the next one meets that at
 the destination as strangers and knows it by its SHA-256, so nothing is lost and nothing is there twice. The
@@ -14,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import NamedTuple
 
 from ksync_server import settings as configuration
 from ksync_server.errors import RemoteError, Temporary
@@ -32,7 +34,14 @@ from ksync_server.mailimport.walking import Came, Empty, Renumbered, Settled, St
 
 _AT_ONCE = 3  # batches on their way: one is written, one is answered, the rows of one are kept
 _Placing = asyncio.Task[None]  # of a batch, until its rows are kept
-_Ready = Step | _Placing | None  # a task is done; None: nothing more comes
+_Ready = Step | asyncio.Task[None] | None  # a task is done; None: nothing more comes
+
+
+class _Copied(NamedTuple):
+    """A stretch of which all that is under way is known."""
+
+    stretch: Stretch
+    placing: tuple[_Placing, ...]
 
 
 class Importer:
@@ -60,7 +69,8 @@ class Importer:
         self._sink = sink
         self._window = Window(window, careful=bool(ledger.crashes))
         self._placing: list[_Placing] = []  # the oldest first
-        self._current = ""  # where they go
+        self._proving: asyncio.Queue[_Copied | Settled | None] = asyncio.Queue()
+        self._is_over = False  # nothing more is begun
         self._targets: dict[str, Target] = {}
         self._known: dict[str, TargetFolder] = {}
         self._names: dict[int, str] = {}  # of targets
@@ -89,12 +99,18 @@ class Importer:
         await self._forget_targets()
         ready: asyncio.Queue[_Ready] = asyncio.Queue()
         walk = asyncio.create_task(self._walker.walk(chosen, where, roles, ready.put_nowait))
+        proof = asyncio.create_task(self._prove())
+        proof.add_done_callback(ready.put_nowait)
         try:
             # With these, what is under way is waited for and gets its rows.
             with ending(self._sink, unless=(RemoteError, Left)):
                 while (each := await ready.get()) is not None:
+                    if each is proof:
+                        await proof
                     await self._step(each, ready)
                 await self._all_placed()
+                self._proving.put_nowait(None)
+                await proof
                 await walk  # what was fetched before a failure is placed by now
         except Suspects:
             ledger.singly = True
@@ -102,7 +118,9 @@ class Importer:
             raise
         finally:
             walk.cancel()
-            rest = [*self._placing, walk]
+            self._is_over = True
+            self._proving.put_nowait(None)
+            rest = [*self._placing, walk, proof]
             await asyncio.wait(rest)  # what was being placed beside a failure has its rows by now
             for task in rest:
                 if not task.cancelled():
@@ -111,15 +129,15 @@ class Importer:
         await ledger.write(records.settle_targets, settled)  # nobody need ask any more what is there
         self._counters.commands += self._source.connection.commands + self._sink.commands
 
-    async def _step(self, each: Step | _Placing, ready: asyncio.Queue[_Ready]) -> None:
+    async def _step(self, each: Step | asyncio.Task[None], ready: asyncio.Queue[_Ready]) -> None:
         if isinstance(each, Came):
             await self._came(each, ready)
         elif isinstance(each, Stretch):
-            await self._all_placed()
-            await self._links(each)
-            await self._flags(each)
-            await self._check(each)
-            self._walker.done()
+            if each.links or each.flags:
+                await self._all_placed()
+                await self._links(each)
+                await self._flags(each)
+            self._proving.put_nowait(_Copied(each, tuple(self._placing)))
         elif isinstance(each, Renumbered):
             await self._all_placed()
             for target in self._targets.values():
@@ -131,10 +149,7 @@ class Importer:
                 each.visit.is_whole = False
                 self._counters.differs(each.visit.route.folder.name, f"it cannot be made: {error}")
         elif isinstance(each, Settled):
-            if each.visit.is_whole:  # else another pass tries it again
-                if each.is_end and not each.row.modseq:
-                    self._ledger.settled.append(each.row.id)
-                await self._ledger.commit(records.settle_source, each.row)
+            self._proving.put_nowait(each)
         elif each in self._placing:  # a failure is known at once
             await self._placed(each)
 
@@ -151,9 +166,6 @@ class Importer:
 
     async def _came(self, came: Came, ready: asyncio.Queue[_Ready]) -> None:
         stretch, what = came.stretch, came.what
-        if came.name != self._current:  # a destination is asked about one folder at a time
-            await self._all_placed()
-            self._current = came.name
         target = None
         if came.name not in self._ledger.unmade:
             try:
@@ -393,6 +405,30 @@ class Importer:
                 if copy in copies:  # what was taken away is not missed
                     kept = tuple(flag for flag in copy.flags if flag in flags)
                     copies[copies.index(copy)] = copy._replace(flags=kept)
+
+    async def _prove(self) -> None:
+        """Ask about what was copied while more is being copied, and settle what is done.
+
+        Raises:
+            RemoteError: the destination failed.
+            Left: from the job's checkpoint.
+        """
+        while (each := await self._proving.get()) is not None and not self._is_over:
+            if isinstance(each, Settled):
+                await self._settle(each)
+                continue
+            if each.placing:
+                await asyncio.wait(each.placing)
+            if any(task.exception() for task in each.placing):
+                return  # who waits for them raises it
+            await self._check(each.stretch)
+            self._walker.done()
+
+    async def _settle(self, each: Settled) -> None:
+        if each.visit.is_whole:  # else another pass tries it again
+            if each.is_end and not each.row.modseq:
+                self._ledger.settled.append(each.row.id)
+            await self._ledger.commit(records.settle_source, each.row)
 
     async def _check(self, stretch: Stretch) -> None:
         """Ask the destination for every message that came there since the folder was last settled."""
