@@ -21,9 +21,10 @@ from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.mailimport.source import Answer, Bodies, Poisoned, Source
 from ksync_server.wire.imap import Status
 
-_FIRST_WINDOW = 3 << 20  # bytes; a wider one is hardly quicker
-_LEAST_WINDOW = 256 << 10  # the same after a crash
-_SHARE = 48  # then the window is one part in so many of what the run has done
+_FIRST_WINDOW = 4 << 20  # bytes: what the first crash may cost
+_SHARE = 16  # then the window is one part in so many of what the run has done
+_CAREFUL_WINDOW = 256 << 10  # the same after a crash
+_CAREFUL_SHARE = 48
 _BATCH = 200  # messages asked for at once
 _REQUESTS = 2  # that are under way, so that the server never waits for us
 
@@ -50,7 +51,7 @@ class Window:
 
     def __init__(self, most: Callable[[], int], *, careful: bool) -> None:
         self._most = most
-        self._least = _LEAST_WINDOW if careful else _FIRST_WINDOW
+        self._least, self._share = (_CAREFUL_WINDOW, _CAREFUL_SHARE) if careful else (_FIRST_WINDOW, _SHARE)
         self._used = 0
         self._done = 0  # bytes recorded in this run
         self._changed = asyncio.Event()
@@ -58,7 +59,7 @@ class Window:
     @property
     def limit(self) -> int:
         """How many there may be now."""
-        return min(self._most(), max(self._least, self._done // _SHARE))
+        return min(self._most(), max(self._least, self._done // self._share))
 
     @property
     def used(self) -> int:
