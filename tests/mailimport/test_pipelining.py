@@ -26,8 +26,8 @@ class Wire:
     def __init__(self) -> None:
         self.written = b""
 
-    def write(self, data: bytes) -> None:
-        self.written += data
+    def writelines(self, data: list[bytes]) -> None:
+        self.written += b"".join(data)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None

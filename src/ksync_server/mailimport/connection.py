@@ -2,8 +2,8 @@
 
 Answers are matched to commands by tag; untagged data go to the oldest command that asks for such, what is
 said of messages to the listener of the oldest that fetches, as it comes: who asks for much bounds it. Some
-servers (Dovecot) work on several commands at once: data of a later one may come before the answer to an earlier
-one, and FETCH commands under way share one listener and tell messages apart by UID (RFC 3501 §5.5).
+servers (Dovecot) work on several commands at once: data of a later one may come before the answer to an
+earlier one, and FETCH commands under way share one listener and tell messages apart by UID (RFC 3501 §5.5).
 """
 
 from __future__ import annotations
@@ -251,6 +251,7 @@ class Connection(asyncio.Protocol):
         self._writable.set()
         self._inflate: zlib._Decompress | None = None
         self._deflate: zlib._Compress | None = None
+        self._unsent: list[bytes | memoryview] = []
         self._heard = self._loop.time()
         self._since = self._heard  # what is received from here on is counted, for the rate
         self._heard_bytes = 0
@@ -453,25 +454,23 @@ class Connection(asyncio.Protocol):
         return self._error is None
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send bytes.
+        """Add bytes to what `flush` sends: each call to the system makes a packet, and work for the server.
 
         Raises:
             RemoteError: the connection is gone.
         """
         if self._error is not None:
             raise self._error
-        assert self._transport is not None
-        if self._deflate is not None:
-            data = self._deflate.compress(data)
-        if data:
-            self._transport.write(data)
+        self._unsent.append(data)
 
     def flush(self) -> None:
-        """Let the server have what a compressor still holds."""
-        if self._deflate is not None:
-            rest = self._deflate.flush(zlib.Z_SYNC_FLUSH)
-            if rest and self._error is None and self._transport is not None:
-                self._transport.write(rest)
+        """Send what was written, and what a compressor still holds."""
+        unsent, self._unsent = self._unsent, []
+        if self._error is not None or self._transport is None:
+            return
+        if (deflate := self._deflate) is not None:
+            unsent = [*map(deflate.compress, unsent), deflate.flush(zlib.Z_SYNC_FLUSH)]
+        self._transport.writelines(unsent)
 
     async def drained(self) -> None:
         """Wait until the socket takes more.
@@ -688,12 +687,14 @@ class Connection(asyncio.Protocol):
             answers = [encoded.encode("ascii"), b""]
         pending.continued = self._loop.create_future()
         self.write(b"\r\n")
+        self.flush()
         for answer in answers:
             await pending.continued
             if pending.answered.done():
                 break
             pending.continued = self._loop.create_future()
             self.write(answer + b"\r\n")
+            self.flush()
         status = await pending.answered
         if status.word != "OK":
             raise Refused("AUTHENTICATE", status)

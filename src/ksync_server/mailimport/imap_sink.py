@@ -372,6 +372,8 @@ class ImapSink:
                     break
                 await self._write(parcel)
             else:
+                connection.flush()
+                await connection.drained()
                 self._require_turn()
                 connection.write(b"\r\n")
             connection.flush()
@@ -388,11 +390,11 @@ class ImapSink:
         connection = self._connection
         for piece in parcel.pieces:
             connection.write(piece)
-            await connection.drained()
         if parcel.file is not None:
             with parcel.file.open("rb") as file:
                 while data := await asyncio.to_thread(file.read, _PIECE):
                     connection.write(data)
+                    connection.flush()
                     await connection.drained()
 
     async def _found(self, name: str, before: Held, parcels: Sequence[Parcel]) -> list[str]:
