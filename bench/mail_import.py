@@ -8,6 +8,7 @@ and is left out; notes/mail_import.md says how far it was behind mbsync where it
 
 from __future__ import annotations
 
+import gc
 import resource
 import socket
 import statistics
@@ -23,6 +24,7 @@ from conformance.imap_server import syntax
 from ksync_server import settings
 from ksync_server.store import schema
 from ksync_server.store.database import Database
+from ksync_server.worker import tune_memory
 from tests.mailimport.harness import Desk, desk
 
 _SOURCE = "source@example.org"
@@ -57,6 +59,9 @@ def _rounds(
     wall: dict[str, list[float]] = {tool: [] for tool in tools}
     cpu: dict[str, list[float]] = {tool: [] for tool in tools}
     exact = True
+    tune_memory()  # as in every process of the server, and the same for what was imported
+    gc.collect()
+    gc.freeze()
     print(f"{'round':<6}{'tool':<12}{'messages/s':>11}{'client CPU':>12}{'server CPU':>12}{'together':>10}")
     for number in range(rounds):
         for tool, run in tools.items():

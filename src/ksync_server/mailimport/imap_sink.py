@@ -18,6 +18,7 @@ from ksync_server.mailimport.connection import (
     Connection,
     Listener,
     Refused,
+    Reply,
     Whole,
     ending,
     is_of_a_message,
@@ -48,6 +49,7 @@ _AT_ONCE = 500  # messages of one COPY
 _SYSTEM = frozenset({"\\Answered", "\\Deleted", "\\Draft", "\\Flagged", "\\Seen"})
 _LOOK = "(UID FLAGS INTERNALDATE RFC822.SIZE)"
 _WHOLE = "(UID BODY.PEEK[])"
+_HELD = "(UIDVALIDITY UIDNEXT MESSAGES)"
 _LIST = 'LIST "" "*"'
 
 
@@ -151,15 +153,20 @@ class ImapSink:
         except Refused as error:
             if is_temporary(error.status):
                 raise Temporary(f"the destination: {error}") from None
+        connection = self._connection
+        created, subscribed, status = [
+            await connection.send(name, encoded, *items)
+            for name, items in (("CREATE", ()), ("SUBSCRIBE", ()), ("STATUS", (_HELD,)))
+        ]
         try:
-            await self._connection.ask("CREATE", encoded)
+            await connection.answer(created)
         except Refused as error:
             if error.status.code != "ALREADYEXISTS":
                 self._raise_where_temporary(error)
                 raise Unmade(f"the destination: {error}") from None
         with contextlib.suppress(Refused):
-            await self._connection.ask("SUBSCRIBE", encoded)
-        return await self._status(encoded)
+            await connection.answer(subscribed)
+        return _held(await connection.answer(status))
 
     async def validities(self, names: Iterable[str]) -> Mapping[str, int]:
         """See `Sink`."""
@@ -181,11 +188,7 @@ class ImapSink:
         return found
 
     async def _status(self, encoded: bytes) -> Held:
-        reply = await self._connection.ask("STATUS", encoded, "(UIDVALIDITY UIDNEXT MESSAGES)")
-        for found in reply.named("STATUS"):
-            named = imap.pairs(found.values[-1])
-            return Held(*(imap.number(named.get(name)) for name in ("UIDVALIDITY", "UIDNEXT", "MESSAGES")))
-        raise Temporary("the destination does not say how a folder is")
+        return _held(await self._connection.ask("STATUS", encoded, _HELD))
 
     @contextlib.asynccontextmanager
     async def _in(self, name: str, *, now: bool = False) -> AsyncIterator[None]:
@@ -499,6 +502,13 @@ class _Digests(Listener):
         if self._hashed is not None and each.uid is not None:
             self.found[str(each.uid)] = self._hashed.digest()
         self._hashed = None
+
+
+def _held(reply: Reply) -> Held:
+    for found in reply.named("STATUS"):
+        named = imap.pairs(found.values[-1])
+        return Held(*(imap.number(named.get(name)) for name in ("UIDVALIDITY", "UIDNEXT", "MESSAGES")))
+    raise Temporary("the destination does not say how a folder is")
 
 
 def _all_of(found: Sequence[Placed | Unwanted | BaseException]) -> list[Placed | Unwanted]:

@@ -30,7 +30,17 @@ from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, Copy, Targe
 from ksync_server.mailimport.sinks import Message, Parcel, Placed, Seen, Sink, Unmade
 from ksync_server.mailimport.source import Source
 from ksync_server.mailimport.targets import Recognised, Target
-from ksync_server.mailimport.walking import Came, Empty, Renumbered, Settled, Step, Stretch, Walker, for_good
+from ksync_server.mailimport.walking import (
+    Came,
+    Empty,
+    Opening,
+    Renumbered,
+    Settled,
+    Step,
+    Stretch,
+    Walker,
+    for_good,
+)
 
 _AT_ONCE = 3  # batches on their way: one is written, one is answered, the rows of one are kept
 _Placing = asyncio.Task[None]  # of a batch, until its rows are kept
@@ -72,6 +82,7 @@ class Importer:
         self._proving: asyncio.Queue[_Copied | Settled | None] = asyncio.Queue()
         self._is_over = False  # nothing more is begun
         self._targets: dict[str, Target] = {}
+        self._openings: dict[str, asyncio.Task[Target]] = {}
         self._known: dict[str, TargetFolder] = {}
         self._names: dict[int, str] = {}  # of targets
         reader = Reader(source, settings, self._window, sink.longest, ledger)
@@ -120,7 +131,7 @@ class Importer:
             walk.cancel()
             self._is_over = True
             self._proving.put_nowait(None)
-            rest = [*self._placing, walk, proof]
+            rest = [*self._placing, *self._openings.values(), walk, proof]
             await asyncio.wait(rest)  # what was being placed beside a failure has its rows by now
             for task in rest:
                 if not task.cancelled():
@@ -140,8 +151,10 @@ class Importer:
             self._proving.put_nowait(_Copied(each, tuple(self._placing)))
         elif isinstance(each, Renumbered):
             await self._all_placed()
-            for target in self._targets.values():
+            for target in list(self._targets.values()):
                 target.meet((), await self._ledger.read(records.retired, self._import.id, target.row.id))
+        elif isinstance(each, Opening):
+            self._opening(each.name)
         elif isinstance(each, Empty):
             try:
                 await self._open_target(each.name)
@@ -184,10 +197,21 @@ class Importer:
             task = await self._place(stretch, target, what)
             task.add_done_callback(ready.put_nowait)
 
+    def _opening(self, name: str) -> asyncio.Task[Target]:
+        if name not in self._openings:
+            self._openings[name] = asyncio.create_task(self._open(name))
+        return self._openings[name]
+
     async def _open_target(self, name: str) -> Target:
-        """A folder of the destination, made where it is missing."""
-        if name in self._targets:
-            return self._targets[name]
+        """A folder of the destination, made where it is missing.
+
+        Raises:
+            Unmade: it will not be had.
+            RemoteError: the destination failed.
+        """
+        return await self._opening(name)
+
+    async def _open(self, name: str) -> Target:
         held = await self._sink.ensure(name)
         row = self._known.get(name)
         if row is None:

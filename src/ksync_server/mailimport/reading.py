@@ -142,21 +142,21 @@ class Reader:
         bodies = Bodies(self._source, self._settings)
         missing: list[Message] = []
         some: list[Message] = []
-        weight = 0
+        weight, limit = 0, self._window.limit
         for message in messages:
             if message.size > self._longest:
                 text = f"it has {message.size} bytes, the most is {self._longest}"
                 put(Failed(message, text, 0))
-            elif message.size > min(self._settings.whole_bytes, self._window.limit):
+            elif message.size > min(self._settings.whole_bytes, limit):
                 await self._ask(bodies, some, missing, put)
                 await self._drain(bodies, missing, put)
-                some, weight = [], 0
                 await self._take_long(message, spool(message), put)
+                some, weight, limit = [], 0, self._window.limit
             else:
                 most = 1 if self._ledger.singly else _BATCH
-                if some and (weight + message.size > self._window.limit // 3 or len(some) >= most):
+                if some and (weight + message.size > limit // 3 or len(some) >= most):
                     await self._ask(bodies, some, missing, put)
-                    some, weight = [], 0
+                    some, weight, limit = [], 0, self._window.limit
                 some.append(message)
                 weight += message.size
         await self._ask(bodies, some, missing, put)

@@ -80,6 +80,13 @@ class Came:
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """Messages for a folder of the destination will come."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Empty:
     """A folder without messages: it is a folder too."""
 
@@ -101,7 +108,7 @@ class Settled:
     is_end: bool  # all of it
 
 
-Step = Came | Stretch | Empty | Renumbered | Settled
+Step = Opening | Came | Stretch | Empty | Renumbered | Settled
 
 
 class Walker:
@@ -205,6 +212,8 @@ class Walker:
         visit = Visit(row, Route(folder, target, where))
         if not folder.messages and row.messages < 0 and target is not None:
             put(Empty(visit, target))
+        if folder.messages and folder.uid_next > row.uid_next and target is not None:
+            put(Opening(target))
         if row.uid_next > 1 and _has_changed(folder, row):
             since = row.modseq if folder.modseq else 0
             step = row.uid_next if since else _SCAN_UIDS
