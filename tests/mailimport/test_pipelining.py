@@ -25,9 +25,11 @@ class Wire:
 
     def __init__(self) -> None:
         self.written = b""
+        self.writes: list[bytes] = []
 
     def writelines(self, data: list[bytes]) -> None:
-        self.written += b"".join(data)
+        self.writes.append(b"".join(data))
+        self.written += self.writes[-1]
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
@@ -66,6 +68,41 @@ def test_what_is_said_of_messages_is_for_who_asked_about_messages() -> None:
         await made.answer(fetch)
         assert heard.said == [Fetched(3, 7, ("\\Seen",)), 3]
         assert not (await made.answer(append)).data
+
+    talk(conversation)
+
+
+@pytest.mark.spec("RFC 3501 §5.5")
+def test_data_that_come_before_an_earlier_answer_are_for_who_asked() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        append = await made.send("APPEND", b"INBOX", b"x")
+        status = await made.send("STATUS", b"INBOX", "(UIDNEXT)")
+        made.data_received(
+            b"* STATUS INBOX (UIDNEXT 5)\r\n* OK [UIDNEXT 9] x\r\n* 5 EXISTS\r\nk1 OK\r\nk2 OK\r\n"
+        )
+        assert [each.name for each in (await made.answer(status)).data] == ["STATUS"]
+        assert not (await made.answer(append)).data
+
+    talk(conversation)
+
+
+@pytest.mark.spec("RFC 3501 §5.5")
+def test_the_state_of_several_folders_may_come_in_any_order() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        asked = asyncio.create_task(ImapSink(made).validities(["A", "B", "INBOX"]))
+        await asyncio.sleep(0.01)
+        made.data_received(b"* STATUS B (UIDVALIDITY 2)\r\n* STATUS A (UIDVALIDITY 1)\r\nk2 OK\r\nk1 OK\r\n")
+        made.data_received(b"* STATUS Inbox (UIDVALIDITY 3)\r\nk3 OK\r\n")
+        assert await asked == {"A": 1, "B": 2, "INBOX": 3}
+
+    talk(conversation)
+
+
+def test_a_command_is_one_write() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        await made.send("APPEND", b"INBOX", "(a)", b"\xe9")
+        await made.send("NOOP")
+        assert wire.writes == [b'k1 APPEND "INBOX" (a) {1+}\r\n\xe9\r\n', b"k2 NOOP\r\n"]
 
     talk(conversation)
 

@@ -18,7 +18,6 @@ from ksync_server.mailimport.connection import (
     Connection,
     Listener,
     Refused,
-    Reply,
     Whole,
     ending,
     is_of_a_message,
@@ -67,6 +66,7 @@ class ImapSink:
         self._selected = ""
         self._selecting = asyncio.Lock()  # until what is done in the selected folder is sent
         self._permitted: dict[str, frozenset[str] | None] = {}  # keywords that a folder keeps; None = any
+        self._asking = asyncio.Lock()  # about the state of a folder
         self._order = asyncio.Lock()  # of batches
         self._alone = asyncio.Lock()  # where UIDs are told by what is new in a folder
         self.separator = "/"
@@ -153,24 +153,21 @@ class ImapSink:
         except Refused as error:
             if is_temporary(error.status):
                 raise Temporary(f"the destination: {error}") from None
-        connection = self._connection
-        created, subscribed, status = [
-            await connection.send(name, encoded, *items)
-            for name, items in (("CREATE", ()), ("SUBSCRIBE", ()), ("STATUS", (_HELD,)))
-        ]
         try:
-            await connection.answer(created)
+            await self._connection.ask("CREATE", encoded)
         except Refused as error:
             if error.status.code != "ALREADYEXISTS":
                 self._raise_where_temporary(error)
                 raise Unmade(f"the destination: {error}") from None
+        subscribed = await self._connection.send("SUBSCRIBE", encoded)
+        held = await self._status(encoded)
         with contextlib.suppress(Refused):
-            await connection.answer(subscribed)
-        return _held(await connection.answer(status))
+            await self._connection.answer(subscribed)
+        return held
 
     async def validities(self, names: Iterable[str]) -> Mapping[str, int]:
         """See `Sink`."""
-        connection, found = self._connection, {}
+        connection, found = self._connection, dict[str, int]()
         every = list(names)
         for at in range(0, len(every), _STATUS_AT_ONCE):
             some = every[at : at + _STATUS_AT_ONCE]
@@ -184,11 +181,18 @@ class ImapSink:
                     self._raise_where_temporary(error)
                     continue
                 for each in reply.named("STATUS"):
-                    found[name] = imap.number(imap.pairs(each.values[-1]).get("UIDVALIDITY"))
+                    said = connection.decoded(each.values[0])  # a server may answer in its own order
+                    uid_validity = imap.number(imap.pairs(each.values[-1]).get("UIDVALIDITY"))
+                    found[said if said in every else name] = uid_validity
         return found
 
     async def _status(self, encoded: bytes) -> Held:
-        return _held(await self._connection.ask("STATUS", encoded, _HELD))
+        async with self._asking:  # a server may answer several in its own order (RFC 3501 §5.5)
+            reply = await self._connection.ask("STATUS", encoded, _HELD)
+        for found in reply.named("STATUS"):
+            named = imap.pairs(found.values[-1])
+            return Held(*(imap.number(named.get(name)) for name in ("UIDVALIDITY", "UIDNEXT", "MESSAGES")))
+        raise Temporary("the destination does not say how a folder is")
 
     @contextlib.asynccontextmanager
     async def _in(self, name: str, *, now: bool = False) -> AsyncIterator[None]:
@@ -502,13 +506,6 @@ class _Digests(Listener):
         if self._hashed is not None and each.uid is not None:
             self.found[str(each.uid)] = self._hashed.digest()
         self._hashed = None
-
-
-def _held(reply: Reply) -> Held:
-    for found in reply.named("STATUS"):
-        named = imap.pairs(found.values[-1])
-        return Held(*(imap.number(named.get(name)) for name in ("UIDVALIDITY", "UIDNEXT", "MESSAGES")))
-    raise Temporary("the destination does not say how a folder is")
 
 
 def _all_of(found: Sequence[Placed | Unwanted | BaseException]) -> list[Placed | Unwanted]:
