@@ -102,6 +102,19 @@ def test_a_second_pass_adds_new_labels_and_takes_none_away(lite: Database, tmp_p
     assert set(source.statistics.body_fetches.values()) == {1}
 
 
+def test_a_label_that_no_message_has_is_a_folder_too(lite: Database, tmp_path: Path) -> None:
+    account = GmailAccount()
+    mail = account.put(BODY % (1, 1), "Work", "Trips/2020", "Skipped")
+    account.set_labels(mail, {"Work"})
+    source, target = Server(account, features=GMAIL), Server()
+    with moving(lite, tmp_path, source, target) as move:
+        exact(move.go(options={"skip": ["Skip*"]}), 1)
+        assert set(target.folders) == {"INBOX", "Junk", "Trash", "Work", "Trips", "Trips/2020"}
+        del target.folders["Trips/2020"]
+        exact(move.go(), 0, found=1)
+    assert "Trips/2020" not in target.folders  # its owner does not want it
+
+
 def test_spam_trash_and_archive_go_to_the_folders_of_that_use(lite: Database, tmp_path: Path) -> None:
     account = GmailAccount(names=GERMAN)
     for number, labels in enumerate(([], ["\\Junk"], ["\\Trash"], ["\\Starred"], ["\\Draft"], ["\\Sent"])):

@@ -159,8 +159,9 @@ class Importer:
             try:
                 await self._open_target(each.name)
             except Unmade as error:
-                each.visit.is_whole = False
-                self._counters.differs(each.visit.route.folder.name, f"it cannot be made: {error}")
+                if each.visit is not None:
+                    each.visit.is_whole = False
+                self._counters.differs(each.of, f"it cannot be made: {error}")
         elif isinstance(each, Settled):
             self._proving.put_nowait(each)
         elif each in self._placing:  # a failure is known at once

@@ -194,15 +194,16 @@ def chosen(folders: Iterable[Folder], options: Options) -> list[Folder]:
         BadRequest: the patterns leave none.
     """
     everything = list(folders)
-    found = [
-        folder
-        for folder in everything
-        if (not options.only or any(fnmatch.fnmatchcase(folder.name, each) for each in options.only))
-        and not any(fnmatch.fnmatchcase(folder.name, each) for each in options.skip)
-    ]
+    found = [folder for folder in everything if _is_wanted(folder.name, options)]
     if everything and not found:
         raise BadRequest("No folder is left to import.")
     return sorted(found, key=lambda folder: (folder.name.upper() != "INBOX", folder.name))
+
+
+def _is_wanted(name: str, options: Options) -> bool:
+    if options.only and not any(fnmatch.fnmatchcase(name, each) for each in options.only):
+        return False
+    return not any(fnmatch.fnmatchcase(name, each) for each in options.skip)
 
 
 def is_sane(name: str) -> bool:
@@ -220,6 +221,19 @@ def label(text: str) -> str:
     return "\\" + text.lstrip("\\") if text.startswith("\\") else text
 
 
+def empty_labels(folders: Iterable[Folder], options: Options) -> list[str]:
+    """Labels that no message has: they are folders too."""
+    special = {ALL, FLAGGED, IMPORTANT, *ROLES}
+    return [
+        folder.name
+        for folder in folders
+        if not folder.messages
+        and not special & folder.attributes
+        and folder.name.upper() != "INBOX"
+        and _is_wanted(folder.name, options)
+    ]
+
+
 def placed(labels: Iterable[str], where: Map, options: Options) -> tuple[str, ...]:
     """The folders of a message in All Mail: one for each label, and the archive where it has none.
 
@@ -228,9 +242,7 @@ def placed(labels: Iterable[str], where: Map, options: Options) -> tuple[str, ..
     found = []
     for each in labels:
         if not each.startswith("\\"):
-            if not any(fnmatch.fnmatchcase(each, pattern) for pattern in options.skip) and (
-                not options.only or any(fnmatch.fnmatchcase(each, pattern) for pattern in options.only)
-            ):
+            if _is_wanted(each, options):
                 found.append(where.label(each))
             continue
         role = _SYSTEM_LABELS.get(each.lower())

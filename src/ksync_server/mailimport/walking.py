@@ -88,10 +88,11 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """A folder without messages: it is a folder too."""
+    """A folder or label without messages: it is a folder too."""
 
-    visit: Visit
     name: str
+    of: str  # the source's name
+    visit: Visit | None = None  # of a folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,7 @@ class Walker:
         self._number = number
         self._ahead = asyncio.Semaphore(_AHEAD)
         self._is_by_message = False
+        self._empty_labels: list[str] = []
 
     # -- which folders, and where to ----------------------------------------------------------------
 
@@ -147,6 +149,7 @@ class Walker:
             return plans.chosen(folders, self._options)
         if any(plans.ALL in folder.attributes for folder in folders):
             self._is_by_message = True
+            self._empty_labels = plans.empty_labels(folders, self._options)
             views = {plans.ALL, "\\junk", "\\trash"}
             return [folder for folder in folders if views & folder.attributes]
         self._ledger.counters.note(
@@ -185,6 +188,9 @@ class Walker:
                 if row is not None and (row.id in self._ledger.settled or _is_unchanged(folder, row)):
                     continue
                 await self._folder(folder, row, self._target_of(folder, where, roles), where, put)
+            for label in self._empty_labels:
+                if (name := where.label(label)) not in self._names.values():
+                    put(Empty(name, label))
         finally:
             put(None)
 
@@ -211,7 +217,7 @@ class Walker:
             row = await ledger.write(records.add_source, self._number, folder.name, folder.uid_validity)
         visit = Visit(row, Route(folder, target, where))
         if not folder.messages and row.messages < 0 and target is not None:
-            put(Empty(visit, target))
+            put(Empty(target, folder.name, visit))
         if folder.messages and folder.uid_next > row.uid_next and target is not None:
             put(Opening(target))
         if row.uid_next > 1 and _has_changed(folder, row):
