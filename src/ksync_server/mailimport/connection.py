@@ -48,6 +48,7 @@ _ASKERS = {  # untagged data that we look at, and which commands they answer
     "[UIDNEXT]": _OPENS,
     "[UIDVALIDITY]": _OPENS,
 }
+_OF_A_MESSAGE = (memoryview, Fetched, Body)
 _ANSWERS = 10_000_000  # to one command: a folder has fewer messages, and a server that never ends is left
 _HELD_ANSWERS = 250_000  # the same where they are kept until the end
 _PARTS = 1000  # messages of which something was said, and something not
@@ -310,7 +311,7 @@ class Connection(asyncio.Protocol):
 
     def _read(self, data: bytes) -> None:
         for each in self._answers.feed(data):
-            if isinstance(each, memoryview | Fetched | Body):
+            if isinstance(each, _OF_A_MESSAGE):
                 if (pending := self._fetching) is not None:  # else nobody asked
                     self._tell(pending, each)
             else:
@@ -506,18 +507,17 @@ class Connection(asyncio.Protocol):
             self._turn_to_the_oldest()
         return pending
 
-    async def literal(self, size: int, pending: Pending, *, binary: bool = False) -> bool:
+    async def literal(self, size: int, pending: Pending) -> bool:
         """Announce a literal; True when its bytes may be sent, False where the command was refused instead.
 
         Raises:
             RemoteError: the connection is gone.
         """
-        mark = "~" if binary else ""
         if "LITERAL+" in self.capabilities or ("LITERAL-" in self.capabilities and size <= _SMALL_LITERAL):
-            self.write(f" {mark}{{{size}+}}\r\n".encode("ascii"))
+            self.write(b" {%d+}\r\n" % size)
             return True
         pending.continued = self._loop.create_future()
-        self.write(f" {mark}{{{size}}}\r\n".encode("ascii"))
+        self.write(b" {%d}\r\n" % size)
         self.flush()
         await pending.continued
         return not pending.answered.done()

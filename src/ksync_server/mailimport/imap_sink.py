@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 
 from ksync_server.errors import BadRequest, Temporary
 from ksync_server.mailimport.connection import (
@@ -370,14 +371,20 @@ class ImapSink:
         async with connection.writing():
             pending = connection.begin("APPEND")
             connection.write(b" " + encoded)
+            written: dict[tuple[str, ...], bytes] = {}  # flags
             for parcel in parcels:
                 message = parcel.message
                 wanted = message.flags if flags is None else flags
-                kept = " ".join(flag for flag in wanted if self._keeps(name, flag))
-                connection.write(b" (%s) %s" % (kept.encode("ascii"), imap.write_date(message.received)))
+                if wanted not in written:
+                    kept = " ".join(flag for flag in wanted if self._keeps(name, flag))
+                    written[wanted] = kept.encode("ascii")
+                connection.write(b" (%s) %s" % (written[wanted], imap.write_date(message.received)))
                 if not await connection.literal(parcel.size, pending):
                     break
-                await self._write(parcel)
+                for piece in parcel.pieces:
+                    connection.write(piece)
+                if parcel.file is not None:
+                    await self._write(parcel.file)
             else:
                 connection.flush()
                 await connection.drained()
@@ -393,16 +400,13 @@ class ImapSink:
             raise Temporary("the destination does not say which UIDs it gave")
         return await self._found(name, before, parcels)
 
-    async def _write(self, parcel: Parcel) -> None:
+    async def _write(self, path: Path) -> None:
         connection = self._connection
-        for piece in parcel.pieces:
-            connection.write(piece)
-        if parcel.file is not None:
-            with parcel.file.open("rb") as file:
-                while data := await asyncio.to_thread(file.read, _PIECE):
-                    connection.write(data)
-                    connection.flush()
-                    await connection.drained()
+        with path.open("rb") as file:
+            while data := await asyncio.to_thread(file.read, _PIECE):
+                connection.write(data)
+                connection.flush()
+                await connection.drained()
 
     async def _found(self, name: str, before: Held, parcels: Sequence[Parcel]) -> list[str]:
         """UIDs of what was just added, at a server that does not say them: matched by size, in order.
