@@ -97,6 +97,17 @@ def test_errors_say_nothing_of_what_a_statement_was_given(database: Database) ->
     assert given not in logged
 
 
+@pytest.mark.parametrize("many", [0, 1, 2, 63, 64, 65, 200])
+def test_many_rows_are_all_there_and_each_as_it_was_given(database: Database, many: int) -> None:
+    table = t.mail_budget
+    insert = sa.insert(table).values({column: sa.bindparam(column.name) for column in table.c})
+    rows = [{"key": f"key {number}", "since": number, "bytes": number * 10**12} for number in range(many)]
+    database.write(lambda tx: tx.many(insert, iter(rows)))
+    with database.read() as tx:
+        found = {tuple(row) for row in tx.fast(sa.select(table))}
+    assert found == {tuple(row.values()) for row in rows}
+
+
 def test_a_snapshot_does_not_see_what_is_committed_after_it_began(database: Database) -> None:
     collection = new_collection(database)
     with database.read() as tx:

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import contextvars
 import fcntl
+import itertools
 import os
 import queue
 import random
@@ -53,6 +54,7 @@ _PATIENCE = {
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
+_AT_ONCE = 64  # rows of one INSERT
 _GROUP_S = 0.02  # a group takes no further write after this, so that an idle writer waits little
 
 
@@ -158,9 +160,22 @@ class Write(Read):
     __slots__ = ()
 
     def many(self, statement: sa.Executable, rows: Iterable[Parameters]) -> None:
-        """A module-level statement for each row, on the raw cursor; nothing is returned."""
+        """A module-level `INSERT ... VALUES (...)` of each row, on the raw cursor.
+
+        Cost: on SQLite one step for up to 64 rows, because the interpreter's lock changes hands at each.
+        """
         text = self._database.compiled(statement)
-        self._cursor.executemany(text.sql, [_arguments(text, row) for row in rows])
+        values = [_arguments(text, row) for row in rows]
+        if not text.names:
+            self._cursor.executemany(text.sql, values)
+            return
+        at = 0
+        while left := len(values) - at:
+            many = min(1 << left.bit_length() - 1, _AT_ONCE)  # few lengths, so few statements to prepare
+            group = ", (" + ", ".join("?" * len(text.names)) + ")"
+            some = itertools.chain.from_iterable(values[at : at + many])
+            self._cursor.execute(text.sql + group * (many - 1), list(some))
+            at += many
 
 
 def _arguments(text: _Text, parameters: Parameters) -> Any:
