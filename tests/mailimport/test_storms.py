@@ -12,7 +12,20 @@ import pytest
 import sqlalchemy as sa
 
 from conformance import mail_corpus
-from conformance.imap_server import GMAIL, MODERN, Account, Bye, Drop, GmailAccount, No, Order, Rule, Server
+from conformance.imap_server import (
+    GMAIL,
+    MODERN,
+    Account,
+    Bad,
+    Bye,
+    Drop,
+    GmailAccount,
+    No,
+    Order,
+    Rule,
+    Server,
+    Stall,
+)
 from ksync_server.jobs import LeaseLost
 from ksync_server.mailimport import walking
 from ksync_server.mailimport.ledger import Ledger
@@ -56,6 +69,31 @@ def troubles(random: Random, commands: tuple[str, ...]) -> list[Rule]:
             when, nth = random.choice(moments), random.randint(1, 6)
             rules.append(Rule(action, command, nth, when=when))
     return rules
+
+
+def delays(random: Random, commands: tuple[str, ...]) -> list[Rule]:
+    """So that what is done at once comes in many orders."""
+    return [
+        Rule(
+            Stall(random.choice([0.002, 0.01, 0.05])),
+            command,
+            nth=random.randint(1, 3),
+            times=random.choice([1, 3, 10]),
+            when=random.choice(["start", "end"]),
+        )
+        for command in commands
+        if random.random() < 0.5
+    ]
+
+
+def refusals(random: Random) -> list[Rule]:
+    """Of commands beside those that carry messages."""
+    actions = [Drop(), Bye(), No(), No("[OVERQUOTA] quota"), Bad("try again later")]
+    return [
+        Rule(random.choice(actions), command, random.randint(1, 8))
+        for command in ("NOOP", "SUBSCRIBE", "STATUS", "SELECT", "UID FETCH", "CREATE")
+        if random.random() < 0.25
+    ]
 
 
 @pytest.mark.parametrize("seed", range(14))
@@ -125,6 +163,32 @@ def test_gmail_arrives_whole_through_a_storm(lite: Database, tmp_path: Path, see
     assert not source.violations + target.violations
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_gmail_arrives_whole_through_crashes(
+    lite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    random = Random(seed)
+    monkeypatch.setattr(walking, "_SCAN_UIDS", random.choice([7, 20, 60, 5000]))
+    account = GmailAccount()
+    mail_corpus.fill_gmail(account)
+    source = Server(account, features=GMAIL, order=order(random), rules=troubles(random, _ASKED))
+    rules = troubles(random, _TOLD) + delays(random, (*_TOLD, "NOOP", "SUBSCRIBE")) + refusals(random)
+    target = Server(features=features(random), order=order(random), rules=rules)
+    window = random.choice([50_000, 200_000, 2 << 20])
+    with moving(
+        lite, tmp_path, source, target, timeout_s=20.0, back_off_s=0.001, window_bytes=window
+    ) as move:
+        move.order()
+        _work_through_crashes(move, lite, random, monkeypatch)
+        report = move.imported.report or {}
+        assert (move.state, report["found"], report["differences"]) == ("done", 300, [])
+        assert held(target.account) == wanted(account)
+    with lite.read() as tx:
+        kinds = [str(how) for (how,) in tx.execute(sa.select(t.mail_copy.c.how))]
+    assert report["linked"] == kinds.count("linked")
+    assert not source.violations + target.violations
+
+
 def _work_through_crashes(
     move: Move, lite: Database, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,8 +228,12 @@ def test_messages_alike_arrive_whole_through_crashes(
     random = Random(seed)
     monkeypatch.setattr(walking, "_SCAN_UIDS", random.choice([3, 7, 20, 5000]))
     source = Server(features=features(random), order=order(random), rules=troubles(random, _ASKED))
-    target = Server(features=features(random), order=order(random), rules=troubles(random, _TOLD))
-    mail_corpus.fill(source.account, mail_corpus.generate(60, folders=4, median_bytes=3000, mean_bytes=6000))
+    rules = troubles(random, _TOLD) + delays(random, (*_TOLD, "NOOP", "SUBSCRIBE")) + refusals(random)
+    target = Server(features=features(random), order=order(random), rules=rules)
+    many = random.choice([3, 4, 12])
+    mail_corpus.fill(
+        source.account, mail_corpus.generate(60, folders=many, median_bytes=3000, mean_bytes=6000)
+    )
     names = [name for name, folder in source.folders.items() if folder.messages]
     for number in range(40):
         flags = random.sample(["\\Seen", "\\Flagged", "$a", "$b", "NonJunk"], random.randint(0, 3))

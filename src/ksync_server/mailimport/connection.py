@@ -52,6 +52,8 @@ _OF_A_MESSAGE = (memoryview, Fetched, Body)
 _ANSWERS = 10_000_000  # to one command: a folder has fewer messages, and a server that never ends is left
 _HELD_ANSWERS = 250_000  # the same where they are kept until the end
 _PARTS = 1000  # messages of which something was said, and something not
+_LONG = 4096  # bytes of flags and labels of a message from which on they are counted
+_LONG_ONES = 16 << 20  # bytes of such that one command may hold
 _WATCH_S = 1.0
 _FAR_S = 0.01  # seconds to connect from which on compression pays
 
@@ -172,10 +174,13 @@ class Whole(Listener):
         self._take = take
         self._others = frozenset(others)
         self._parts: dict[int, Fetched] = {}  # by the message's number
+        self._held = 0  # bytes of long flags and labels
 
     def fetched(self, each: Fetched) -> None:
         """See `Listener`."""
         _, uid, flags, received, size, others = each
+        if others is not imap.NOTHING:  # the long way: only there may be much of it
+            self._weigh(flags or (), others)
         if (
             uid is None
             or flags is None
@@ -187,8 +192,18 @@ class Whole(Listener):
         else:
             self._take(uid, size, received, flags, others)
 
+    def _weigh(self, flags: Iterable[str], others: Mapping[str, Value]) -> None:
+        length = sum(map(len, flags)) + (len(str(others)) if others else 0)
+        if length > _LONG:
+            self._held += length
+            if self._held > _LONG_ONES:
+                raise BadRequest(f"flags and labels of {self._held} bytes")
+
     def _join(self, each: Fetched) -> None:
         """A part: keep it, or pass on the whole where it was the last one."""
+        if each.others.keys() - self._others:
+            asked = {name: each.others[name] for name in self._others & each.others.keys()}
+            each = each._replace(others=asked)
         before = self._parts.pop(each.number, None)
         if before is None:
             self._parts[each.number] = each
@@ -312,12 +327,21 @@ class Connection(asyncio.Protocol):
     def _read(self, data: bytes) -> None:
         for each in self._answers.feed(data):
             if isinstance(each, _OF_A_MESSAGE):
-                if (pending := self._fetching) is not None:  # else nobody asked
+                if (pending := self._fetching) is not None:
                     self._tell(pending, each)
+                elif not isinstance(each, memoryview):
+                    self._count()  # nobody asked
             else:
+                self._count()
                 self._answer(each)
             if self._error is not None:
                 return
+
+    def _count(self) -> None:
+        """What no listener is told: a server that never comes to the answer is left."""
+        if self._pending:
+            oldest = self._pending[0]
+            oldest.count(_HELD_ANSWERS if oldest.listener is None else _ANSWERS)
 
     def _tell(self, pending: Pending, each: memoryview | Fetched | Body) -> None:
         """What is said of a message is for the oldest command that fetches."""

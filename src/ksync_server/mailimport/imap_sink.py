@@ -299,13 +299,12 @@ class ImapSink:
         return [next(placed) if parcel.size else Unwanted("it is empty") for parcel in parcels]
 
     async def _put(self, name: str, parcels: Sequence[Parcel]) -> list[Placed | Unwanted]:
-        if len(parcels) == 1:
-            return [await self._put_one(name, parcels[0])]
-        if "MULTIAPPEND" not in self._connection.capabilities:
-            if not self._says_uids:
-                return [await self._put_one(name, parcel) for parcel in parcels]
+        is_multiple = "MULTIAPPEND" in self._connection.capabilities
+        if self._says_uids and not is_multiple:  # one by itself too: else it would overtake those that wait
             sent = (self._put_one(name, parcel) for parcel in parcels)
             return _all_of(await asyncio.gather(*sent, return_exceptions=True))
+        if len(parcels) == 1 or not is_multiple:
+            return [await self._put_one(name, parcel) for parcel in parcels]
         try:
             uids = await self._append(name, parcels)
         except Refused as error:

@@ -376,7 +376,6 @@ class Importer:
                     if found.how == COPIED:  # by a run that was cut
                         found = replace(found, how=LINKED)
                     made.append(self._recognised(stretch, target, parcel, found))
-                    self._counters.add(found.how, 0)
                     if found.replaced is not None:
                         dropped.append(found.replaced)
                 else:
@@ -391,8 +390,8 @@ class Importer:
             for handle, copy in from_there.items():
                 if handle in linked:
                     made.append(copy._replace(target_id=target.row.id, handle=linked[handle], how=LINKED))
-                    self._counters.add(LINKED, 0)
             for each in made:
+                self._counters.add(each.how, 0)  # here, for others commit meanwhile
                 stretch.copies.setdefault(each.uid, []).append(each)
                 stretch.linked.add((each.uid, each.target_id))
             if made:

@@ -77,7 +77,9 @@ class MaildirSink:
         self._escaped = escaped
         self._quota = quota_bytes
         self._owner = owner
-        self._turn = asyncio.Lock()  # of adding
+        self._turn = (
+            asyncio.Lock()
+        )  # of whatever reads or changes it: what is known of the files is one thing
         self._used: int | None = None  # bytes, once it is known
         self.separator = "/" if escaped else "."
         self._files: dict[str, dict[str, Path]] = {}  # by folder: base name -> file
@@ -90,7 +92,8 @@ class MaildirSink:
             Temporary: another failure of the disk.
         """
         try:
-            return await asyncio.to_thread(fn, *arguments)
+            async with self._turn:
+                return await asyncio.to_thread(fn, *arguments)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise Full(f"no room in {self._root}: {error.strerror}") from None
@@ -276,8 +279,7 @@ class MaildirSink:
 
     async def put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         """See `Sink`."""
-        async with self._turn:
-            return await self._off(self._put, name, parcels, origin)
+        return await self._off(self._put, name, parcels, origin)
 
     def _put(self, name: str, parcels: Sequence[Parcel], origin: int) -> list[Placed | Unwanted]:
         folder, files = self._folder(name), self._listed(name)

@@ -77,6 +77,10 @@ class Window:
             await self._changed.wait()
         self._used += size
 
+    def widen(self, size: int) -> None:
+        """What came is longer than it was said to be."""
+        self._used += size
+
     def leave(self, size: int, *, done: int = 0) -> None:
         """They are recorded, or will not come."""
         self._used -= size
@@ -172,7 +176,11 @@ class Reader:
         if not messages:
             return
         weight = sum(message.size for message in messages)
-        await self._keep_to_the_pace(weight)
+        try:
+            await self._keep_to_the_pace(weight)
+        except DayIsOver:
+            await self._drain(bodies, missing, put)  # it is counted, and would be fetched again
+            raise
         while bodies.requests and (bodies.requests >= _REQUESTS or self._window.is_full_for(weight)):
             missing += await self._later(bodies, put)
         await self._window.enter(weight)
@@ -185,8 +193,11 @@ class Reader:
         except Poisoned as error:
             raise self._poisoned(error, put) from None
         if answer.parcels:
-            self._ledger.fetched_bytes += sum(parcel.size for parcel in answer.parcels)
-            put(Batch(answer.parcels, sum(parcel.message.size for parcel in answer.parcels)))
+            size = sum(parcel.size for parcel in answer.parcels)
+            claimed = sum(parcel.message.size for parcel in answer.parcels)
+            self._ledger.fetched_bytes += size
+            self._window.widen(max(size - claimed, 0))
+            put(Batch(answer.parcels, max(size, claimed)))
         if answer.refused is not None:
             _require_of_a_message(answer.refused)
         return answer

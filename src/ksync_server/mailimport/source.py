@@ -25,6 +25,7 @@ _STATUS_AT_ONCE = 20
 _PART_BYTES = 1 << 20  # of a long message, asked for at once: what a crash may cost, so it is little
 _SUBJECT_BYTES = 4096
 _SUBJECTS = 1000  # kept
+_LARGE_PIECE = 32 << 10  # bytes of a body that are not copied: what came beside them stays in memory too
 _SCAN = ("UID", "FLAGS", "INTERNALDATE", "RFC822.SIZE")
 _GMAIL = ("X-GM-LABELS", "X-GM-MSGID")
 
@@ -63,7 +64,7 @@ class Bodies(Listener):
         self._most = max(settings.window_bytes, 4 * settings.whole_bytes)
         self._requests: dict[str, Sequence[Message]] = {}  # by tag
         self._wanted: dict[int, Message] = {}
-        self._pieces: list[memoryview] = []
+        self._pieces: list[memoryview | bytearray] = []
         self._hashed: hashlib._Hash | None = None
         self._has_begun = False
         self._parcels: list[Parcel] = []
@@ -111,10 +112,14 @@ class Bodies(Listener):
             named = self._wanted.get(uid or 0)
             suspects = [named] if named else list(self._wanted.values())
             raise Poisoned(suspects, f"the server sends {size} bytes for it")
+        self._count(size)
+
+    def _count(self, size: int) -> None:
         self._came += size
         if self._came > self._most:
+            wanted = list(self._wanted.values())  # what came has its place: it alone is no suspect
             came = [parcel.message for parcel in self._parcels]
-            raise Poisoned(came or list(self._wanted.values()), "its sizes are not what it says")
+            raise Poisoned(wanted and [*wanted, *came], "its sizes are not what it says")
 
     def piece(self, data: memoryview) -> None:
         """See `Listener`."""
@@ -122,7 +127,12 @@ class Bodies(Listener):
             self._hashed = hashlib.sha256(data)
         else:
             self._hashed.update(data)
-        self._pieces.append(data)
+        if len(data) >= _LARGE_PIECE:
+            self._pieces.append(data)
+        elif self._pieces and isinstance(self._pieces[-1], bytearray):
+            self._pieces[-1] += data
+        else:
+            self._pieces.append(bytearray(data))
 
     def fetched(self, each: Fetched) -> None:
         """See `Listener`."""
@@ -132,6 +142,7 @@ class Bodies(Listener):
         self._pieces, self._hashed, self._has_begun = [], None, False
         body = each.others["BODY[]"]
         if isinstance(body, bytes):  # a short one may come in quotes
+            self._count(len(body))
             pieces, hashed = [memoryview(body)], hashlib.sha256(body)
         elif not has_begun:  # NIL: the server cannot read it
             return
@@ -139,7 +150,7 @@ class Bodies(Listener):
         if message is not None:
             digest = (hashed or hashlib.sha256()).digest()
             size = sum(map(len, pieces))
-            self._parcels.append(Parcel(message, size, digest, tuple(pieces)))
+            self._parcels.append(Parcel(message, size, digest, tuple(map(memoryview, pieces))))
 
     def answered(self, tag: str, status: Status) -> None:
         """See `Listener`."""

@@ -238,6 +238,9 @@ class Data:
     values: list[Value]
 
 
+NOTHING: Mapping[str, Value] = MappingProxyType({})
+
+
 class Fetched(NamedTuple):
     """What a server says of a message: `* 12 FETCH (UID 5 FLAGS (\\Seen))`; None: nothing of that."""
 
@@ -246,7 +249,7 @@ class Fetched(NamedTuple):
     flags: tuple[str, ...] | None = None  # as `flags` gives them
     received: datetime | None = None
     size: int | None = None
-    others: Mapping[str, Value] = MappingProxyType({})  # all else; names in upper case
+    others: Mapping[str, Value] = NOTHING  # all else; names in upper case
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +344,6 @@ _PLAIN_FETCH = re.compile(
 )
 _BODY = re.compile(rb"(?:^|[ (])BODY\[[^\]]*\](?:<\d+>)?[ ]\Z", re.I)
 _BODY_UID = re.compile(rb"[( ]UID (\d{1,10})[ )]", re.I)
-_NOTHING: Mapping[str, Value] = MappingProxyType({})
 _STREAMED: Mapping[str, Value] = MappingProxyType({"BODY[]": None})
 
 
@@ -432,7 +434,7 @@ class Answers:
             names,
             received,
             None if size is None else int(size),
-            _NOTHING if body is None else _STREAMED,
+            NOTHING if body is None else _STREAMED,
         )
 
     def _said(self, event: Event) -> Response | Body | None:
