@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,6 +83,28 @@ def test_data_that_come_before_an_earlier_answer_are_for_who_asked() -> None:
         )
         assert [each.name for each in (await made.answer(status)).data] == ["STATUS"]
         assert not (await made.answer(append)).data
+
+    talk(conversation)
+
+
+@pytest.mark.spec("RFC 3501 §5.5")
+def test_a_folder_is_asked_one_thing_at_a_time() -> None:
+    async def conversation(made: Connection, wire: Wire) -> None:
+        sink = ImapSink(made)
+        look = asyncio.create_task(sink.look("A", ["1"]))
+        digests = asyncio.create_task(sink.digests("A", ["2"]))
+        for answer in (
+            b"k1 OK\r\n",
+            b'* 1 FETCH (UID 1 FLAGS () RFC822.SIZE 3 INTERNALDATE "17-Jul-1996 02:44:25 -0700")\r\n',
+        ):
+            await asyncio.sleep(0.01)
+            made.data_received(answer)
+        await asyncio.sleep(0.01)
+        assert [each.split(b" ", 1)[1][:9] for each in wire.writes] == [b'SELECT "A', b"UID FETCH"]
+        made.data_received(b"k2 OK\r\n")
+        await asyncio.sleep(0.01)
+        made.data_received(b"* 2 FETCH (UID 2 BODY[] {1}\r\nx)\r\nk3 OK\r\n")
+        assert (list(await look), await digests) == (["1"], {"2": sha256(b"x").digest()})
 
     talk(conversation)
 

@@ -20,7 +20,6 @@ from ksync_server.mailimport.connection import (
     Listener,
     Refused,
     Whole,
-    ending,
     is_of_a_message,
     is_temporary,
     said,
@@ -65,7 +64,7 @@ class ImapSink:
         self._connection = connection
         self._require_turn = require_turn
         self._selected = ""
-        self._selecting = asyncio.Lock()  # until what is done in the selected folder is sent
+        self._selecting = asyncio.Lock()  # of what is done in a selected folder
         self._permitted: dict[str, frozenset[str] | None] = {}  # keywords that a folder keeps; None = any
         self._asking = asyncio.Lock()  # about the state of a folder
         self._order = asyncio.Lock()  # of batches
@@ -199,6 +198,8 @@ class ImapSink:
     async def _in(self, name: str, *, now: bool = False) -> AsyncIterator[None]:
         """A block in which what is sent is done in a folder; batches may go on their way meanwhile.
 
+        One at a time, until it is answered: of two FETCH commands at once a server may mix the answers.
+
         Args:
             now: as the folder is now, what came since it was selected included.
         """
@@ -244,15 +245,9 @@ class ImapSink:
             if uid in wanted:
                 found[str(uid)] = Seen(size, received, flags)
 
-        listener, connection = Whole(take), self._connection
-        with ending(connection, unless=(Refused,)):  # nobody would listen to the rest
-            async with self._in(name, now=True):
-                sent = [
-                    await connection.send("UID FETCH", uids, _LOOK, listener=listener)
-                    for uids in imap.sequence_set(wanted)
-                ]
-            for pending in sent:
-                await connection.answer(pending)
+        async with self._in(name, now=True):
+            for uids in imap.sequence_set(wanted):
+                await self._connection.fetch(Whole(take), "UID FETCH", uids, _LOOK)
         return found
 
     async def digests(
