@@ -276,3 +276,44 @@ def test_listen_addresses(text: str, address: tuple[str, int]) -> None:
 def test_listen_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_listen(text)
+
+
+_EARLY = """
+import os, selectors, signal, sys, time
+from ksync_server import settings
+from ksync_server.server import Supervisor
+
+class Slow(Supervisor):
+    def __init__(self):
+        self._children, self._generation, self._selector = [], 1, selectors.DefaultSelector()
+
+    def _become_worker(self, *arguments):
+        time.sleep(0.5)
+        signal.set_wakeup_fd(-1)
+        return 0
+
+wake, waker = os.pipe()
+os.set_blocking(wake, False)
+os.set_blocking(waker, False)
+signal.set_wakeup_fd(waker)
+signal.signal(signal.SIGTERM, lambda *_: None)
+slow = Slow()
+slow._spawn("web", settings.Settings())
+(child,) = slow._children
+os.kill(child.pid, signal.SIGTERM)
+os.waitpid(child.pid, 0)
+try:
+    print("came to us", os.read(wake, 10))
+except BlockingIOError:
+    print("kept apart")
+os.kill(os.getpid(), signal.SIGTERM)
+print(os.read(wake, 10) == bytes([signal.SIGTERM]))
+"""
+
+
+def test_a_signal_to_a_worker_that_was_just_forked_does_not_come_to_the_supervisor() -> None:
+    """An abandoned reload ends such workers; it must not end the server."""
+    done = subprocess.run(
+        [sys.executable, "-c", _EARLY], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.split("\n")[:2] == ["kept apart", "True"], done

@@ -28,7 +28,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ _FILES = 65536  # open files a process may have, where the system allows it: con
 _STEADY_S = 10.0  # a worker that lived this long is started again at once
 _LONGEST_PAUSE_S = 30.0
 _START_S = 60.0  # a new worker has to answer within this
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 _MARGIN_S = 5.0  # what a worker gets on top of its own time-out before it is killed
 
 
@@ -477,18 +478,23 @@ class Supervisor:
         lifeline, ours = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        # What a child is sent before it has let go of our wake pipe would come to us, and stop the server.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         pid = os.fork()
         if pid == 0:
             os.close(ready)
             os.close(ours)
-            os._exit(self._become_worker(kind, settings, answered, lifeline))
+            os._exit(self._become_worker(kind, settings, answered, lifeline, before))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(answered)
         os.close(lifeline)
         child = _Child(kind, self._generation, pid, ready, ours, time.monotonic())
         self._children.append(child)
         self._selector.register(ready, selectors.EVENT_READ, child)
 
-    def _become_worker(self, kind: str, settings: Settings, answered: int, lifeline: int) -> int:
+    def _become_worker(
+        self, kind: str, settings: Settings, answered: int, lifeline: int, mask: Iterable[int]
+    ) -> int:
         """In the forked process: let go of everything that is the supervisor's, then work.
 
         A worker that kept another one's lifeline would keep it alive beyond the supervisor.
@@ -498,6 +504,7 @@ class Supervisor:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closing terminal speaks to the supervisor
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for descriptor in self._wake:
                 os.close(descriptor)
             self._selector.close()

@@ -435,7 +435,7 @@ def test_a_blocked_network_that_tries_many_names_makes_no_rows(door: Door) -> No
 # -- many at once ----------------------------------------------------------------------------------
 
 
-def test_guesses_at_once_gain_nothing(sqlite_door: Door) -> None:
+def test_guesses_at_once_gain_nothing(sqlite_door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a guess is being verified it counts: a burst gets no further than one after the other."""
     door = sqlite_door.another_process(argon2_parallel=64)
     hold, lock = threading.Event(), threading.Lock()
@@ -449,7 +449,14 @@ def test_guesses_at_once_gain_nothing(sqlite_door: Door) -> None:
             hold.wait(10)
             return real.verify(stored, password)
 
+    failed = door.gate.throttle.failed
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.1)
+        failed(*arguments)
+
     door.gate.passwords._hasher = Slow()  # type: ignore[assignment]
+    monkeypatch.setattr(door.gate.throttle, "failed", late)
     threads = []
     for number in range(12):
         thread = threading.Thread(target=guess, args=(door, "nobody", f"wrong {number}"))
@@ -458,6 +465,11 @@ def test_guesses_at_once_gain_nothing(sqlite_door: Door) -> None:
         while thread.is_alive() and len(verified) < min(number + 1, 5):
             thread.join(0.005)
     hold.set()
+    for number in range(12, 30):  # while the first ones come to their ends
+        thread = threading.Thread(target=guess, args=(door, "nobody", f"wrong {number}"))
+        thread.start()
+        threads.append(thread)
+        time.sleep(0.01)
     for thread in threads:
         thread.join()
     assert len(verified) == 5

@@ -502,9 +502,9 @@ class Gate:
             return None
         with self.throttle.verifying(attempt):
             refusal = self._verified(account, credentials.secret, service, repeated=standing.known)
-        if refusal is not None:
-            self.throttle.failed(attempt, standing)
-            return refusal
+            if refusal is not None:  # in here, so that at no moment it counts nowhere
+                self.throttle.failed(attempt, standing)
+                return refusal
         assert account is not None, "verified"
         self.throttle.succeeded(attempt, standing, now)
         self.passwords.remember(account.id, credentials.secret, account.auth_epoch, attempt.network)
