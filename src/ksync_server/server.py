@@ -480,12 +480,14 @@ class Supervisor:
         sys.stderr.flush()
         # What a child is sent before it has let go of our wake pipe would come to us, and stop the server.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        pid = os.fork()
-        if pid == 0:
-            os.close(ready)
-            os.close(ours)
-            os._exit(self._become_worker(kind, settings, answered, lifeline, before))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                os.close(ready)
+                os.close(ours)
+                os._exit(self._become_worker(kind, settings, answered, lifeline, before))
+        finally:  # ours alone: the child has left
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(answered)
         os.close(lifeline)
         child = _Child(kind, self._generation, pid, ready, ours, time.monotonic())

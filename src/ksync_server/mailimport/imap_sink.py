@@ -168,9 +168,10 @@ class ImapSink:
     async def validities(self, names: Iterable[str]) -> Mapping[str, int]:
         """See `Sink`."""
         connection, found = self._connection, dict[str, int]()
-        every = list(names)
-        for at in range(0, len(every), _STATUS_AT_ONCE):
-            some = every[at : at + _STATUS_AT_ONCE]
+        ordered = list(names)
+        every = set(ordered)
+        for at in range(0, len(ordered), _STATUS_AT_ONCE):
+            some = ordered[at : at + _STATUS_AT_ONCE]
             sent = [
                 await connection.send("STATUS", connection.encoded(name), "(UIDVALIDITY)") for name in some
             ]
@@ -181,9 +182,9 @@ class ImapSink:
                     self._raise_where_temporary(error)
                     continue
                 for each in reply.named("STATUS"):
-                    said = connection.decoded(each.values[0])  # a server may answer in its own order
+                    of = connection.decoded(each.values[0])  # a server may answer in its own order
                     uid_validity = imap.number(imap.pairs(each.values[-1]).get("UIDVALIDITY"))
-                    found[said if said in every else name] = uid_validity
+                    found[of if of in every else name] = uid_validity
         return found
 
     async def _status(self, encoded: bytes) -> Held:

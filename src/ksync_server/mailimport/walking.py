@@ -188,8 +188,9 @@ class Walker:
                 if row is not None and (row.id in self._ledger.settled or _is_unchanged(folder, row)):
                     continue
                 await self._folder(folder, row, self._target_of(folder, where, roles), where, put)
+            known = set(self._names.values())
             for label in self._empty_labels:
-                if (name := where.label(label)) not in self._names.values():
+                if (name := where.label(label)) not in known:
                     put(Empty(name, label))
         finally:
             put(None)
