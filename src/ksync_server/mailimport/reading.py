@@ -21,7 +21,7 @@ from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.mailimport.source import Answer, Bodies, Poisoned, Source
 from ksync_server.wire.imap import Status
 
-_FIRST_WINDOW = 4 << 20  # bytes: what the first crash may cost
+_FIRST_WINDOW = 3 << 20  # bytes: what the first crash may cost
 _SHARE = 16  # then the window is one part in so many of what the run has done
 _CAREFUL_WINDOW = 256 << 10  # the same after a crash
 _CAREFUL_SHARE = 48
