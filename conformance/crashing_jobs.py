@@ -25,7 +25,8 @@ import sqlalchemy as sa
 
 from conformance.servers import REPOSITORY
 from ksync_server import jobs, settings
-from ksync_server.jobs import Handler, Job, LeaseLost, Priority, Runner
+from ksync_server.jobs import Handler, Job, LeaseLost, Priority
+from ksync_server.runner import Runner
 from ksync_server.store.database import Database, Write
 
 STEPS = 5

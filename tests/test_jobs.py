@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from conformance import crashing_jobs
 from ksync_server import jobs, settings
 from ksync_server.errors import Conflict, NotFound, Permanent, Temporary, Unavailable
-from ksync_server.jobs import Cancelled, Claim, Handler, Job, LeaseLost, Periodic, Priority, Runner
+from ksync_server.jobs import Cancelled, Claim, Handler, Job, LeaseLost, Periodic, Priority
+from ksync_server.runner import Runner
 from ksync_server.store import changes, schema
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Write
@@ -184,7 +185,7 @@ def test_the_job_of_a_dead_worker_is_taken_over_and_the_dead_cannot_write(databa
     dead = Job(database, first)
     dead.checkpoint({"at": 1})
     lease_until = database.fast(sa.select(t.job.c.lease_until))[0][0]
-    second = jobs.take_over(database, first.id, first.fence, lease_until, lease_s=60)
+    second = jobs.take_over(database, jobs.Lease(first.id, "x", first.fence, lease_until), lease_s=60)
     assert second is not None
     assert (second.id, second.attempts, second.checkpoint) == (first.id, 2, {"at": 1})
 
@@ -210,8 +211,8 @@ def test_a_lease_that_was_renewed_meanwhile_is_not_taken(database: Database) -> 
     change(database, lease_until=before + 5)  # the clock was ahead: a renewal still changes the value
     Job(database, first).checkpoint(None)
     assert database.fast(sa.select(t.job.c.lease_until))[0][0] == before + 6
-    assert jobs.take_over(database, first.id, first.fence, before, lease_s=60) is None
-    assert jobs.take_over(database, first.id, "another", before + 6, lease_s=60) is None
+    assert jobs.take_over(database, jobs.Lease(first.id, "x", first.fence, before), lease_s=60) is None
+    assert jobs.take_over(database, jobs.Lease(first.id, "x", "another", before + 6), lease_s=60) is None
 
 
 def test_an_effect_that_fails_takes_the_checkpoint_with_it(database: Database) -> None:
@@ -369,7 +370,7 @@ def test_the_place_of_a_dead_worker_is_taken_over_with_its_job(database: Databas
     dead = claimed(database)
     assert jobs.claim(database, ["work"], lease_s=60) is None
     lease_until = database.fast(sa.select(t.job.c.lease_until).where(t.job.c.id == number))[0][0]
-    again = jobs.take_over(database, dead.id, dead.fence, lease_until, lease_s=60)
+    again = jobs.take_over(database, jobs.Lease(dead.id, "x", dead.fence, lease_until), lease_s=60)
     assert again is not None
     assert again.id == number
 

@@ -15,25 +15,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import random
 import secrets
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
-from ksync_server import settings as configuration
-from ksync_server.errors import Conflict, KsyncError, NotFound, Permanent, RemoteError
+from ksync_server.errors import Conflict, KsyncError, NotFound, Permanent
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Row, Write
 
@@ -41,8 +36,6 @@ log = logging.getLogger(__name__)
 
 STATES = ("ready", "running", "done", "failed", "cancelled")
 _LAST_ERROR = 500  # characters kept
-_TICK_S = 2.0  # progress is written this often
-_STILL_TICKS = 5  # a lease seen unchanged so often, a third of its length apart, is a dead worker's
 _PRUNED_AT_ONCE = 500
 
 
@@ -112,6 +105,15 @@ class Claim:
     checkpoint: Any  # what the last one kept; None = from the start
     fence: str
     lease_s: int
+
+
+class Lease(NamedTuple):
+    """Of a running job, as its row says it; a living worker changes it again and again."""
+
+    id: int
+    kind: str
+    fence: str
+    until: int  # Unix seconds
 
 
 class Job:
@@ -522,20 +524,14 @@ def claim(database: Database, kinds: Iterable[str], *, lease_s: float, worker: s
     return None if row is None else _claimed(row, values)
 
 
-def take_over(
-    database: Database, number: int, fence: str, lease_until: int, *, lease_s: float, worker: str = ""
-) -> Claim | None:
-    """Take a job from a dead worker: its place under its concurrency key comes along.
-
-    Args:
-        fence: of the dead worker.
-        lease_until: as it stood still.
+def take_over(database: Database, lease: Lease, *, lease_s: float, worker: str = "") -> Claim | None:
+    """Take a job whose lease stood still: its place under its concurrency key comes along.
 
     Returns:
         None where the worker lives after all, or another one was quicker.
     """
     values = _taking(lease_s, worker)
-    before = {"id_": number, "fence_": fence, "seen_": lease_until}
+    before = {"id_": lease.id, "fence_": lease.fence, "seen_": lease.until}
     row = database.write(lambda tx: tx.one(_TAKE_OVER, {**values, **before}))
     return None if row is None else _claimed(row, values)
 
@@ -604,6 +600,38 @@ def finish(
         return str(row[0])
 
     return database.write(give_back)
+
+
+def renew(database: Database, jobs: Sequence[Job]) -> None:
+    """Keep the leases of claimed jobs and write what they said of their progress; a lost one stays lost.
+
+    Cost: one transaction, one UPDATE for each.
+    """
+    values = [job.values() for job in jobs]
+    began = steady()
+    for job in jobs:
+        job.is_unsaid = False
+    rows = database.write(lambda tx: [tx.one(_RENEW, each) for each in values])
+    for job, row in zip(jobs, rows, strict=True):
+        if row is not None:
+            job.cancelled, job.ours_at = bool(row[0]), began
+
+
+def is_any_due(database: Database) -> bool:
+    """Whether some job of any kind could run now. Cost: one indexed read."""
+    return bool(database.fast(_ANY_DUE))
+
+
+def leases(database: Database) -> list[Lease]:
+    """Of all running jobs, ours too."""
+    return [Lease(*row) for row in database.fast(_RUNNING)]
+
+
+def wait_of(database: Database, work: Periodic) -> int:
+    """Seconds until the next run of periodic work that ended now."""
+    if work.at_s is None:
+        return work.every_s
+    return _until(int(database.fast(_NOW)[0][0]), work.every_s, work.at_s)
 
 
 # -- for operators --------------------------------------------------------------------------------
@@ -711,210 +739,3 @@ def prune(database: Database, days: int) -> int:
     while gone := database.write(lambda tx: tx.execute(delete).rowcount):
         count += gone
     return count
-
-
-# -- the loop -------------------------------------------------------------------------------------
-
-
-class Runner:
-    """The job worker of a process: threads that claim and run jobs, and one that keeps their leases."""
-
-    def __init__(
-        self,
-        database: Database,
-        periodic: Iterable[Periodic] = (),
-        handlers: Mapping[str, Handler] | None = None,
-        settings: configuration.Jobs | None = None,
-    ) -> None:
-        self._database = database
-        self._settings = settings or configuration.Jobs()
-        self._periodic = {each.kind: each for each in periodic}
-        self._handlers = dict(handlers or {})
-        for each in self._periodic.values():
-            if each.run is not None:
-                self._handlers[each.kind] = Handler(_without_job(each.run))
-        self._name = f"{socket.gethostname()}/{os.getpid()}"
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
-        self._active: dict[str, Job] = {}  # by fence: what this process must keep
-        self._still: dict[tuple[int, str, int], int] = {}  # leases of others -> ticks without a change
-        self._orphans: list[tuple[int, str, int]] = []
-
-    def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set; jobs under way leave at their next checkpoint."""
-        self._stop = stop
-        over = threading.Event()
-        names = [f"job-{number}" for number in range(self._settings.workers)]
-        threads = [threading.Thread(target=self._work, name=name, daemon=True) for name in names]
-        keeper = threading.Thread(target=self._keep, args=(over,), name="leases", daemon=True)
-        self._ensure()
-        for thread in (*threads, keeper):
-            thread.start()
-        for thread in threads:
-            thread.join()
-        over.set()
-        keeper.join()
-
-    def _ensure(self) -> None:
-        while not self._stop.is_set():
-            try:
-                ensure(self._database, self._periodic.values())
-            except KsyncError as error:  # the database is away
-                log.warning("jobs wait", extra={"reason": str(error)})
-                self._stop.wait(self._settings.poll_s)
-            else:
-                return
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            try:
-                worked = self.step()
-            except Exception as error:  # the job loop is a boundary: it must outlive whatever a step meets
-                log.warning(
-                    "jobs wait", exc_info=not isinstance(error, KsyncError), extra={"reason": str(error)}
-                )
-                worked = False
-            if not worked:
-                # Spread, so that the threads of all nodes do not look at the same moment.
-                self._stop.wait(self._settings.poll_s * random.uniform(0.5, 1))  # noqa: S311
-
-    def step(self) -> bool:
-        """Run at most one job; returns whether there was one."""
-        claimed = self._claim()
-        if claimed is None:
-            return False
-        began = time.monotonic()
-
-        def leave() -> bool:
-            over = time.monotonic() - began > self._settings.slice_s
-            return self._stop.is_set() or (over and bool(self._database.fast(_ANY_DUE)))
-
-        job = Job(self._database, claimed, leave)
-        with self._lock:
-            self._active[claimed.fence] = job
-        try:
-            state, error = self._attempt(job)
-        finally:
-            with self._lock:
-                del self._active[claimed.fence]
-        fields = {"id": job.id, "kind": claimed.kind, "seconds": round(time.monotonic() - began, 3)}
-        log.info("job", extra={**fields, "state": state, "error": error})
-        return True
-
-    def _claim(self) -> Claim | None:
-        lease_s = self._settings.lease_s
-        with self._lock:
-            orphan = self._orphans.pop() if self._orphans else None
-        if orphan is not None:
-            claimed = take_over(self._database, *orphan, lease_s=lease_s, worker=self._name)
-            if claimed is not None:
-                log.warning("job of a dead worker", extra={"id": claimed.id, "kind": claimed.kind})
-                return claimed
-        return claim(self._database, self._handlers, lease_s=lease_s, worker=self._name)
-
-    def _attempt(self, job: Job) -> tuple[str, str | None]:
-        """Run the handler once and give the job back: its new state, and what went wrong."""
-        claimed = job.claim
-        handler = self._handlers[claimed.kind]
-        most = handler.attempts or self._settings.attempts
-        try:
-            if claimed.every_s is None and claimed.attempts > most:
-                raise Permanent(f"given up: the worker died in each of {most} tries")
-            handler.run(job)
-        except LeaseLost:
-            return "lost", None
-        except Cancelled:
-            return self._ended(job, "cancelled"), None
-        except Yielded as left:
-            return self._give_back(job, "ready", wait_s=left.wait_s, attempts=job.tries - 1), None
-        except Permanent as error:
-            return self._failed(job, str(error), most, for_good=True)
-        except RemoteError as error:
-            return self._failed(job, str(error), most)
-        except Exception as error:  # the job loop is a boundary: one bad job must not end the others
-            if not isinstance(error, KsyncError):
-                log.exception("job failed", extra={"kind": claimed.kind})
-            return self._failed(job, f"{type(error).__name__}: {error}", most)
-        return self._ended(job, "done"), None
-
-    def _ended(self, job: Job, state: str) -> str:
-        periodic = self._periodic.get(job.claim.kind)
-        if job.claim.every_s is None or periodic is None:
-            return self._give_back(job, state)
-        wait_s = periodic.every_s
-        if periodic.at_s is not None:
-            wait_s = _until(int(self._database.fast(_NOW)[0][0]), periodic.every_s, periodic.at_s)
-        return self._give_back(job, "ready", wait_s=wait_s, anew=True)
-
-    def _failed(self, job: Job, error: str, most: int, *, for_good: bool = False) -> tuple[str, str]:
-        claimed, settings, tried = job.claim, self._settings, job.tries
-        if claimed.every_s is None and (for_good or tried >= most):
-            return self._give_back(job, "failed", attempts=tried, error=error), error
-        wait_s = min(settings.retry_s * 2 ** min(tried - 1, 20), settings.longest_retry_s)
-        if claimed.every_s is not None:
-            wait_s = min(wait_s, claimed.every_s)
-        wait_s *= random.uniform(0.5, 1)  # noqa: S311 - what failed together is not tried together
-        return self._give_back(job, "ready", wait_s=wait_s, attempts=tried, error=error), error
-
-    def _give_back(self, job: Job, state: str, **how: Any) -> str:
-        """`finish`, asked again while the database is away: what is done should not be done twice."""
-        until = time.monotonic() + self._settings.lease_s
-        while True:
-            try:
-                return finish(self._database, job, state, **how)
-            except LeaseLost:
-                return "lost"
-            except KsyncError as error:
-                log.warning("jobs wait", extra={"reason": str(error)})
-                if self._stop.wait(self._settings.poll_s) or time.monotonic() > until:
-                    return "lost"
-
-    # -- leases -----------------------------------------------------------------------------------
-
-    def _keep(self, over: threading.Event) -> None:
-        third_s = self._settings.lease_s / 3
-        due = time.monotonic() + third_s
-        while not over.wait(min(third_s, _TICK_S)):
-            now = time.monotonic()
-            try:
-                if now >= due:
-                    self._renew(list(self._active.values()))
-                    self._watch()
-                    if catch_up(self._database, self._periodic.values()):
-                        log.warning("the clock was set back: due jobs go on")
-                    due = now + third_s
-                else:
-                    self._renew([job for job in list(self._active.values()) if job.is_unsaid])
-            except Exception as error:  # the job loop is a boundary: leases are kept whatever happens
-                log.warning("leases not renewed", extra={"reason": str(error)})
-
-    def _renew(self, active: list[Job]) -> None:
-        if not active:
-            return
-        values = [job.values() for job in active]
-        began = steady()
-        for job in active:
-            job.is_unsaid = False
-        rows = self._database.write(lambda tx: [tx.one(_RENEW, each) for each in values])
-        for job, row in zip(active, rows, strict=True):
-            if row is not None:
-                job.cancelled, job.ours_at = bool(row[0]), began
-
-    def _watch(self) -> None:
-        """Count for how many ticks each lease of others has stood still; a tick without an answer is none."""
-        still: dict[tuple[int, str, int], int] = {}
-        orphans = []
-        for number, kind, fence, lease_until in self._database.fast(_RUNNING):
-            if fence in self._active or kind not in self._handlers:
-                continue
-            lease = (number, fence, lease_until)
-            still[lease] = self._still.get(lease, 0) + 1
-            if still[lease] >= _STILL_TICKS:
-                orphans.append(lease)
-        self._still = still
-        with self._lock:
-            self._orphans = orphans
-
-
-def _without_job(run: Callable[[], object]) -> Callable[[Job], object]:
-    return lambda job: run()

@@ -22,7 +22,6 @@ import uvloop
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from ksync_server import jobs
 from ksync_server import log as logs
 from ksync_server.app import App, Services, application, build
 from ksync_server.auth.memory import Memory
@@ -35,6 +34,7 @@ from ksync_server.mail import sender as mail
 from ksync_server.mail.dovecot import Bridge
 from ksync_server.metrics import CONTENT_TYPE, Metrics
 from ksync_server.networks import Networks
+from ksync_server.runner import Runner
 from ksync_server.settings import Settings
 from ksync_server.store import schema
 from ksync_server.store.blobs import open_extents
@@ -290,7 +290,7 @@ def run_jobs(task: Task) -> None:
         log.warning(mail.NOBODY_IS_TOLD)
     with contextlib.closing(mail.Relay(task.settings.mail)) as relay:
         work = handlers(services, relay)
-        jobs.Runner(services.database, periodic(services), work, task.settings.jobs).run(stop)
+        Runner(services.database, periodic(services), work, task.settings.jobs).run(stop)
     services.close()
 
 

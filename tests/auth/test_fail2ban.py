@@ -164,7 +164,9 @@ def test_names_are_in_the_log(module_door: Door, style: str, name: str) -> None:
 @pytest.mark.parametrize("style", ["json", "text"])
 @pytest.mark.parametrize("text", NASTY)
 def test_no_other_line_is_taken_for_a_guess(style: str, text: str) -> None:
-    record = logging.makeLogRecord({"msg": "job failed", "levelname": "WARNING", "name": "ksync_server.jobs"})
+    record = logging.makeLogRecord(
+        {"msg": "job failed", "levelname": "WARNING", "name": "ksync_server.runner"}
+    )
     for fields in (
         {"reason": text},
         {"event": text},

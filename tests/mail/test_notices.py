@@ -32,10 +32,10 @@ from ksync_server.cli import mail as mail_commands
 from ksync_server.cli.context import Context, Main
 from ksync_server.errors import NotAuthenticated
 from ksync_server.http import Peer
-from ksync_server.jobs import Runner
 from ksync_server.mail import notices
 from ksync_server.mail.notices import Event
 from ksync_server.mail.sender import Relay
+from ksync_server.runner import Runner
 from ksync_server.store import tables as t
 from ksync_server.worker import open_services
 from tests.mail.harness import Received, TestRelay, relay
@@ -400,7 +400,7 @@ def test_a_notice_that_was_cut_after_its_mails_were_queued_queues_none_again(
     dead = jobs.Job(database, claim)
     notices.Notices(installation.services.settings.mail).run(dead)  # and never gives the job back
     row = database.fast(sa.select(t.job.c.fence, t.job.c.lease_until).where(t.job.c.id == claim.id))[0]
-    again = jobs.take_over(database, claim.id, row[0], row[1], lease_s=60)
+    again = jobs.take_over(database, jobs.Lease(claim.id, claim.kind, row[0], row[1]), lease_s=60)
     assert again is not None
     notices.Notices(installation.services.settings.mail).run(jobs.Job(database, again))
     assert len(installation.deliver()) == 2

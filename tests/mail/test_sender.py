@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from ksync_server import jobs, settings
 from ksync_server.errors import Permanent, Temporary
-from ksync_server.jobs import Handler, Job, Runner
+from ksync_server.jobs import Handler, Job, Lease
 from ksync_server.mail import sender
 from ksync_server.mail.sender import Relay, Sender, compose
+from ksync_server.runner import Runner
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
 from tests.mail.harness import PASSWORD, USER, Received, TestRelay, certificate, on_its_loop, relay
@@ -263,7 +264,7 @@ def test_a_worker_that_dies_after_the_answer_repeats_the_same_message(
         dead = Job(database, claim)
         Sender(post.settings, database, post.relay).run(dead)  # and never gives the job back
         row = database.fast(sa.select(t.job.c.fence, t.job.c.lease_until))[0]
-        again = jobs.take_over(database, number, row[0], row[1], lease_s=60)
+        again = jobs.take_over(database, Lease(number, sender.SEND, row[0], row[1]), lease_s=60)
         assert again is not None
         Sender(post.settings, database, post.relay).run(Job(database, again))
     assert len({taken.message["Message-ID"] for taken in plain.received}) == 1

@@ -16,8 +16,9 @@ import sqlalchemy as sa
 from conformance.imap_server import Account, Server, serving
 from ksync_server import jobs, settings
 from ksync_server.auth.keys import Keys, KeySet
-from ksync_server.jobs import Handler, Runner
+from ksync_server.jobs import Handler
 from ksync_server.mailimport import passes, records
+from ksync_server.runner import Runner
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
 

@@ -10,10 +10,11 @@ import pytest
 from conformance import mail_corpus
 from conformance.imap_server import Account, Server, serving
 from ksync_server import settings
-from ksync_server.jobs import Handler, Runner
+from ksync_server.jobs import Handler
 from ksync_server.mail import sender
 from ksync_server.mail.sender import Relay, Sender
 from ksync_server.mailimport import records
+from ksync_server.runner import Runner
 from ksync_server.store.database import Database
 from tests.mail.harness import Received, relay
 from tests.mailimport.harness import Desk, desk
