@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -616,6 +617,26 @@ def test_kill_9_in_the_middle_of_a_restore_leaves_the_old_store_or_the_new_one(
         assert store.database.write(lambda tx: changes.bump(tx, store.calendar)), "nothing is left closed"
         store.restore(folder, force=True)
     assert store.contents() == new
+
+
+def test_the_rows_that_a_killed_restore_left_go_with_the_next_one(
+    store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near = Path(store.database.path).parent if store.database.dialect == "sqlite" else tmp_path / "elsewhere"
+    near.mkdir(exist_ok=True)
+    monkeypatch.setattr("tempfile.tempdir", str(near))
+    left, alive, link = (near / f".ksync-restore-{name}" for name in ("left", "alive", "link"))
+    for each in (left, alive):
+        each.mkdir()
+        (each / "rows.sqlite").write_bytes(b"the rows")
+    link.symlink_to(alive)
+    descriptor = os.open(alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # a restore of another store that is under way
+    store.back_up(folder)
+    store.restore(folder, force=True)
+    os.close(descriptor)
+    assert sorted(near.glob(".ksync-restore-*")) == [alive, link]
+    assert (alive / "rows.sqlite").exists()
 
 
 def test_one_restore_at_a_time(store: Store, folder: Path) -> None:

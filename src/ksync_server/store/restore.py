@@ -38,6 +38,7 @@ from ksync_server.store.bundle import Bundle, State, explained, flush_folder
 from ksync_server.store.database import Database, closed_to_writers
 from ksync_server.store.extents import ExtentStore, LocalExtents
 
+_COPIES = ".ksync-restore-"  # what names of working copies begin with
 _PIECE = 1 << 20
 _ROWS = 1000  # copied at once
 _ADVISORY_LOCK = 7_205_759_404  # one restore at a time, on any node
@@ -161,8 +162,8 @@ def _alone(database: Database) -> Iterator[None]:
 def _working_copy(database: Database, state: State) -> Iterator[Path]:
     """The backup's rows in this program's schema, in a file of our own."""
     near = os.path.dirname(os.path.abspath(database.path)) if database.dialect == "sqlite" else None
-    with tempfile.TemporaryDirectory(prefix=".restore-", dir=near) as folder:
-        path = Path(folder) / "rows.sqlite"
+    with _private_folder(near or tempfile.gettempdir()) as folder:
+        path = folder / "rows.sqlite"
         shutil.copyfile(state.rows, path)
         path.chmod(0o600)
         copy = Database(configuration.Database(url=f"sqlite:///{path}", durability="normal"), threads=1)
@@ -175,6 +176,28 @@ def _working_copy(database: Database, state: State) -> Iterator[Path]:
         finally:
             copy.close()
         yield path
+
+
+@contextlib.contextmanager
+def _private_folder(near: str) -> Iterator[Path]:
+    """Gone afterwards, where it was killed with the next restore: the hashes of passwords are in it."""
+    for left in Path(near).glob(_COPIES + "*"):
+        with contextlib.suppress(OSError), _locked(left) as descriptor:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_COPIES, dir=near) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Nobody else has it locked. Raises: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _wait_for_reaper(database: Database) -> None:
