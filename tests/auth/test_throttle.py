@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from ksync_server.auth import accounts, directory, throttle
 from ksync_server.auth.gate import Credentials, Service
 from ksync_server.auth.memory import Memory
-from ksync_server.auth.throttle import Count, Good, added, improved
+from ksync_server.auth.throttle import Count, Good, Standing, added, improved
 from ksync_server.errors import AppPasswordRequired, NotAuthenticated, TooManyRequests
 from ksync_server.http import Peer
 from ksync_server.settings import Auth
@@ -470,6 +470,35 @@ def test_guesses_at_once_gain_nothing(sqlite_door: Door, monkeypatch: pytest.Mon
         thread.start()
         threads.append(thread)
         time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert len(verified) == 5
+
+
+def test_guesses_that_begin_in_one_instant_gain_nothing(
+    sqlite_door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them has counted yet when the counts are looked at."""
+    door = sqlite_door.another_process(argon2_parallel=64)
+    began, verified = threading.Barrier(20), []
+    standing, verify = door.gate.throttle.standing, door.gate.passwords._hasher.verify
+
+    def together(*arguments: Any) -> Standing:
+        began.wait(20)
+        return standing(*arguments)
+
+    class Counted:
+        def verify(self, stored: str, password: bytes) -> bool:
+            verified.append(password)
+            return verify(stored, password)
+
+    monkeypatch.setattr(door.gate.throttle, "standing", together)
+    monkeypatch.setattr(door.gate.passwords, "_hasher", Counted())
+    threads = [
+        threading.Thread(target=guess, args=(door, "nobody", f"wrong {number}")) for number in range(20)
+    ]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join()
     assert len(verified) == 5

@@ -26,7 +26,7 @@ from ksync_server.auth.notes import Notes, Use
 from ksync_server.auth.offers import Offers, storage_of
 from ksync_server.auth.rules import Secret
 from ksync_server.auth.rules import Service as Service
-from ksync_server.auth.throttle import Standing, Throttle, Try
+from ksync_server.auth.throttle import Marks, Standing, Throttle, Try
 from ksync_server.errors import (
     DAV,
     AppPasswordRequired,
@@ -480,10 +480,15 @@ class Gate:
     def _by_account_password(
         self, credentials: Credentials, peer: Peer, service: Service, *, verify: bool
     ) -> Identity | _Refusal | None:
-        now = int(time.time())
         typed, _ = accounts.canonical_name(credentials.name, self._sync_hosts)
         attempt = self.throttle.attempt(typed, peer.address, credentials.secret)
-        waiting = self.throttle.waiting(attempt)
+        with self.throttle.trying(attempt) as waiting:
+            return self._tried(attempt, waiting, credentials, service, verify=verify)
+
+    def _tried(
+        self, attempt: Try, waiting: Marks, credentials: Credentials, service: Service, *, verify: bool
+    ) -> Identity | _Refusal | None:
+        now = int(time.time())
         with self._database.read() as tx:
             account = accounts.find(tx, credentials.name, self._sync_hosts)
             standing = self.throttle.standing(tx, attempt, waiting, now)
@@ -500,11 +505,10 @@ class Gate:
             return _Refusal(f"{service} takes no account password", repeated=standing.known)
         if not verify:
             return None
-        with self.throttle.verifying(attempt):
-            refusal = self._verified(account, credentials.secret, service, repeated=standing.known)
-            if refusal is not None:  # in here, so that at no moment it counts nowhere
-                self.throttle.failed(attempt, standing)
-                return refusal
+        refusal = self._verified(account, credentials.secret, service, repeated=standing.known)
+        if refusal is not None:
+            self.throttle.failed(attempt, standing)
+            return refusal
         assert account is not None, "verified"
         self.throttle.succeeded(attempt, standing, now)
         self.passwords.remember(account.id, credentials.secret, account.auth_epoch, attempt.network)

@@ -20,7 +20,6 @@ import ipaddress
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -234,7 +233,7 @@ class Throttle:
         self._shared = tuple(ipaddress.ip_network(each, strict=False) for each in settings.throttle_shared)
         self._lock = threading.Condition()
         self._waiting = _Waiting()
-        self._flying: Counter[tuple[str, bytes]] = Counter()  # being verified: may turn out wrong
+        self._flying: dict[object, Try] = {}  # may turn out wrong, in the order in which they began
         self._trusted: dict[str, float] = {}  # places lately trusted by this process, and until when
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
@@ -271,22 +270,33 @@ class Throttle:
             (one.network, 0 if one.shared else settings.throttle_network_failures),
         )
 
-    def waiting(self, one: Try) -> Marks:
-        """Wrong secrets, and those being verified, that are not in the database yet.
+    @contextmanager
+    def trying(self, one: Try) -> Iterator[Marks]:
+        """From before the look at the counts to the end of the verification: meanwhile it counts as wrong for
+        all that begin later. So many at once gain nothing.
 
-        Ask before the transaction of `standing` begins: what is written in between is in both then, and
-        counts once; the other way round it would be in neither.
+        Yields:
+            wrong secrets, and those being tried since before, that are not in the database yet. Begin before
+            the transaction of `standing`: what is written in between is in both then, and counts once; the
+            other way round it would be in neither.
         """
         with self._lock:
             found = {
                 key: tuple(self._waiting.failed.get(key, (0, {}))[1])
                 for key in (one.place, one.name, one.network)
             }
-            # Right ones of many people may be on their way from one network: only names are watched.
-            for key, mark in self._flying:
-                if key in (one.place, one.name) and mark != one.mark:
-                    found[key] += (mark,)
-        return found
+            for other in self._flying.values():
+                # Right ones of many people may be on their way from one network: only names are watched.
+                for key in (other.place, other.name):
+                    if key in (one.place, one.name) and other.mark != one.mark:
+                        found[key] += (other.mark,)
+            ticket = object()
+            self._flying[ticket] = one
+        try:
+            yield found
+        finally:
+            with self._lock:
+                del self._flying[ticket]
 
     def standing(self, tx: Read, one: Try, waiting: Marks, now: int) -> Standing:
         """What the counts say of a try; those that are not written yet count too.
@@ -313,21 +323,6 @@ class Throttle:
         return Standing(counts, blocked, exhausted, known, tuple(blocking))
 
     # -- telling ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def verifying(self, one: Try) -> Iterator[None]:
-        """While a secret is verified it counts for others as if it were wrong: many at once gain nothing."""
-        keys = ((one.place, one.mark), (one.name, one.mark))
-        with self._lock:
-            self._flying.update(keys)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._flying.subtract(keys)
-                for key in keys:
-                    if not self._flying[key]:
-                        del self._flying[key]
 
     def failed(self, one: Try, standing: Standing) -> None:
         """Count a wrong secret; of a blocked try only where it is blocked, so that nothing grows."""
