@@ -6,7 +6,6 @@ import gc
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -185,7 +184,7 @@ def test_gmail_arrives_whole_through_crashes(
         assert held(target.account) == wanted(account)
     with lite.read() as tx:
         kinds = [str(how) for (how,) in tx.execute(sa.select(t.mail_copy.c.how))]
-    assert report["linked"] == kinds.count("linked")
+    assert (report["linked"], report["checked"]) == (kinds.count("linked"), len(kinds))
     assert not source.violations + target.violations
 
 
@@ -193,7 +192,7 @@ def _work_through_crashes(
     move: Move, lite: Database, random: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run until the import ends; some runs keep nothing from one of their commits on: they died there."""
-    commit, crashes = Ledger.commit, 0
+    commit, crashes = Ledger._commit, 0
     for _ in range(300):
         again = (
             sa.update(t.job).where(t.job.c.state.in_(("ready", "running"))).values(state="ready", run_at=0)
@@ -201,16 +200,16 @@ def _work_through_crashes(
         lite.write(lambda tx, again=again: tx.execute(again))
         left = random.choice([0, 1, 2, 3, 5, 8, 1000, 1000]) if crashes < 12 else 1_000_000
 
-        async def dying(ledger: Ledger, *arguments: Any) -> None:
+        async def dying(ledger: Ledger) -> None:
             nonlocal left, crashes
             left -= 1
             if left < 0:
                 crashes += left == -1
                 raise LeaseLost("import")
-            await commit(ledger, *arguments)
+            await commit(ledger)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Ledger, "commit", dying)
+            patched.setattr(Ledger, "_commit", dying)
             move.desk.runner().step()
         if move.state in ENDED:
             return
@@ -254,11 +253,13 @@ def test_messages_alike_arrive_whole_through_crashes(
         return found
 
     with moving(lite, tmp_path, source, target, timeout_s=20.0, back_off_s=0.001, **sizes) as move:
-        for _ in range(2):
+        for number in range(2):
             move.order(options={"rename": rename})
             _work_through_crashes(move, lite, random, monkeypatch)
-            assert (move.state, (move.imported.report or {})["differences"]) == ("done", [])
+            report = move.imported.report or {}
+            assert (move.state, report["differences"]) == ("done", [])
             assert contents(target.account) == expected()
+            assert number or report["checked"] == expected().total()
             for name in names:
                 for number in range(random.randint(0, 4)):
                     source.account.add(name, BODY % (number, number))

@@ -80,6 +80,7 @@ class Importer:
         self._window = Window(window, careful=bool(ledger.crashes))
         self._placing: list[_Placing] = []  # the oldest first
         self._proving: asyncio.Queue[_Copied | Settled | None] = asyncio.Queue()
+        self._unsettled = 0  # messages that were checked in folders that are not whole
         self._is_over = False  # nothing more is begun
         self._targets: dict[str, Target] = {}
         self._openings: dict[str, asyncio.Task[Target]] = {}
@@ -138,6 +139,7 @@ class Importer:
                     task.exception()  # the first one is raised already
         settled = [(target.row.id, target.newest + 1) for target in self._targets.values()]
         await ledger.write(records.settle_targets, settled)  # nobody need ask any more what is there
+        self._counters.checked += self._unsettled
         self._counters.commands += self._source.connection.commands + self._sink.commands
 
     async def _step(self, each: Step | asyncio.Task[None], ready: asyncio.Queue[_Ready]) -> None:
@@ -449,7 +451,11 @@ class Importer:
             self._walker.done()
 
     async def _settle(self, each: Settled) -> None:
-        if each.visit.is_whole:  # else another pass tries it again
+        checked, each.visit.checked = each.visit.checked, 0
+        if not each.visit.is_whole:  # another pass tries it again
+            self._unsettled += checked
+        else:
+            self._counters.checked += checked  # not before, since after a crash they are checked again
             if each.is_end and not each.row.modseq:
                 self._ledger.settled.append(each.row.id)
             await self._ledger.commit(records.settle_source, each.row)
@@ -477,7 +483,7 @@ class Importer:
                 elif problem:
                     self._counters.differs(name, f"UID {copy.uid} of the source {problem}")
             await self._check_bodies(name, wanted if self._options.bodies else again)
-            self._counters.checked += len(found)
+            stretch.visit.checked += len(found)
 
     async def _check_bodies(self, name: str, copies: dict[str, Copy]) -> None:
         if not copies:

@@ -50,6 +50,7 @@ class Visit:
     row: SourceFolder
     route: Route
     is_whole: bool = True  # no message is without its place
+    checked: int = 0  # messages that the destination says it has, since the folder was last settled
 
 
 @dataclass(slots=True)
