@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from conformance import mail_corpus
+from conformance.certificates import Authority
 from conformance.imap_server import GMAIL, Account, GmailAccount, Server, serving
+from conformance.token_provider import providing
 from ksync_server import settings
 from ksync_server.mailimport import orders
 from ksync_server.mailimport.maildir_sink import MaildirSink
@@ -80,6 +83,61 @@ def test_an_import_from_its_plan_to_its_report(shell: Shell, source: Server) -> 
     assert not source.violations
     assert not target.violations
     assert not rows(shell, "job_secret")
+
+
+def test_an_import_by_a_token_file(shell: Shell, source: Server, tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    file, people = tmp_path / "tokens.json", tmp_path / "people.csv"
+    with providing(authority) as provider, serving(source) as there, serving(Server()) as here:
+
+        def give(number: int) -> tuple[int, bytes]:
+            source.account.token = f"t{number}"
+            return 200, b'{"access_token": "t%d"}' % number
+
+        provider.answer = give
+        file.write_text(provider.file(client_id="id", client_secret=SECRET, scope="mail"))
+        by_file = ["--token-file", str(file), "--ca-file", str(authority.file)]
+        plan = shell.json("import", "mail", "plan", *asked(there, here), *by_file, given="secret\n")
+        assert plan["messages"] == 30
+        made = shell.json(
+            "import", "mail", "start", *asked(there, here), *by_file, "--here", given="secret\n"
+        )
+        assert (made["state"], made["report"]["copied"]) == ("done", 30)
+        assert (made["source"]["mechanism"], SECRET in str(rows(shell, "mail_import"))) == ("oauth2", False)
+        again = ["import", "mail", "again", "1"]
+        assert "2 lines" in shell.refusal(*again, given="secret\n")
+        words = ["--token-file", str(file), "--here"]
+        assert shell.json(*again, *words, given="secret\n")["report"]["found"] == 30
+        # To a Maildir no password is asked for at all.
+        maildir = asked(there, tmp_path / "mail")
+        made = shell.json("import", "mail", "start", *maildir, *by_file, "--here", given="")
+        assert (made["state"], made["report"]["copied"]) == ("done", 30)
+        assert len(provider.forms) == 6  # for the plan, two trials and three passes
+
+        good = f"127.0.0.1,{there},none,alice@example.org,%s,{tmp_path}/mail-%d\n"
+        people.write_text("host,port,security,user,password,to_maildir\n" + good % ("", 1) + good % ("x", 2))
+        assert "JSON" in shell.refusal("import", "mail", "bulk", str(people), "--token-file", str(people))
+        shell.json("import", "mail", "bulk", str(people), "--token-file", str(file))
+        mechanisms = [each["source"]["mechanism"] for each in map(shown(shell), (3, 4))]
+        assert mechanisms == ["oauth2", "password"]
+    assert not source.violations
+
+
+def shown(shell: Shell) -> Callable[[int], dict[str, Any]]:
+    return lambda number: shell.json("import", "mail", "show", str(number))
+
+
+def test_a_token_file_is_for_imports_by_one(shell: Shell, source: Server, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.json"
+    file.write_text('{"token_uri": "https://localhost/", "client_id": "id", "refresh_token": "r"}')
+    with serving(source) as there:
+        maildir = asked(there, tmp_path / "mail")
+        shell.json("import", "mail", "start", *maildir, "--here", given=SECRET)
+        said = shell.refusal("import", "mail", "again", "1", "--token-file", str(file), given="")
+        assert "by password, not by a token file" in said
+        file.write_text("{}")
+        said = shell.refusal("import", "mail", "start", *maildir, "--token-file", str(file), given="")
+        assert "token_uri" in said
 
 
 def test_a_wrong_password_is_found_before_anything_is_queued(

@@ -18,7 +18,7 @@ from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.cli.output import Answer, command, read_secret, table
 from ksync_server.errors import BadRequest, ClientError, Conflict
 from ksync_server.jobs import Handler
-from ksync_server.mailimport import letters, orders, passes, records
+from ksync_server.mailimport import letters, orders, passes, records, tokens
 from ksync_server.mailimport.connection import MECHANISMS, SECURITIES
 from ksync_server.mailimport.orders import Order
 from ksync_server.mailimport.plan import Options
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from ksync_server.app import Services
 
 _number = click.argument("number", metavar="ID", type=int)
+_token_file = click.option(
+    "--token-file",
+    type=click.File("r", encoding="utf-8", lazy=False),
+    help="Instead of the source's password: JSON by which access tokens are had at each log-in, from Google"
+    " (authorized_user, service_account) or with token_uri, client_id, client_secret, scope (Microsoft 365).",
+)
 _LOOK_S = 0.5
 
 
@@ -65,6 +71,7 @@ def _server_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Passwords: the source's on the first line, the destination's on the second; standard input"
             " without this.",
         ),
+        _token_file,
         click.option(
             "--ca-file", default="", help="Certificates to trust instead of the system's, for both."
         ),
@@ -99,6 +106,7 @@ def _order(
     security: str,
     mechanism: str,
     password_file: TextIO,
+    token_file: TextIO | None,
     ca_file: str,
     to_mailbox: str | None,
     to_maildir: Path | None,
@@ -115,6 +123,7 @@ def _order(
     bodies: bool = False,
     notify: str = "",
 ) -> Order:
+    mechanism = mechanism if token_file is None else "oauth2"
     source = orders.server(host, user, port=port, security=security, mechanism=mechanism, ca_file=ca_file)
     if sum(each is not None for each in (to_mailbox, to_maildir, to_host)) != 1:
         raise BadRequest("Say where it goes: --to-mailbox, --to-maildir or --to-host.")
@@ -131,23 +140,30 @@ def _order(
     else:
         there = orders.server(to_host or "", to_user, port=to_port, security=to_security, ca_file=ca_file)
         target = orders.imap_target(there)
-    first, second = _passwords(password_file, two=to_host is not None)
+    first, second = _secrets(password_file, token_file, mechanism, to_host is not None)
     options = Options(into, only, skip, pairs, gmail, bodies)
     return Order(source, first, target, second, options, notify, mailbox)
 
 
-def _passwords(file: TextIO, *, two: bool) -> tuple[str, str]:
-    """The source's and the destination's."""
-    if file is sys.stdin and sys.stdin.isatty():
-        first = read_secret(file, "Password of the source")
-        return orders.secret(first), orders.secret(
-            read_secret(file, "Password of the destination")
-        ) if two else ""
-    lines = read_secret(file, "").split("\n")
-    if len(lines) != 1 + two:
-        raise BadRequest(f"{1 + two} line{'s' * two} with passwords are needed, not {len(lines)}.")
-    found = [orders.secret(line.removesuffix("\r")) for line in lines]
-    return found[0], found[1] if two else ""
+def _secrets(file: TextIO, token_file: TextIO | None, mechanism: str, is_second: bool) -> tuple[str, str]:
+    """The source's and the destination's; "" where that has none."""
+    named = {} if token_file else {"source": mechanism}
+    named |= {"destination": "password"} if is_second else {}
+    if named and file is sys.stdin and sys.stdin.isatty():
+        lines = [read_secret(file, f"Password of the {side}") for side in named]
+    else:
+        lines = read_secret(file, "").split("\n") if named else []
+    if len(lines) != len(named):
+        raise BadRequest(
+            f"{len(named)} line{'s' * (len(named) > 1)} with passwords are needed, not {len(lines)}."
+        )
+    found = {
+        side: orders.secret(line.removesuffix("\r"), how)
+        for line, (side, how) in zip(lines, named.items(), strict=True)
+    }
+    if token_file is not None:
+        found["source"] = tokens.written(token_file.read())
+    return found["source"], found.get("destination", "")
 
 
 # -- before -----------------------------------------------------------------------------------------
@@ -197,13 +213,24 @@ def _address(text: str) -> str:
 @command(mail, "again")
 @_number
 @click.option("--password-file", type=click.File("r", lazy=False), default="-", help="As for start.")
+@_token_file
 @click.option("--wait", is_flag=True, help="Show the progress until it ends.")
 @click.option("--here", is_flag=True, help="Do the work in this process instead of the server's.")
-def _mail_again(services: Services, number: int, password_file: TextIO, wait: bool, here: bool) -> Answer:
+def _mail_again(
+    services: Services,
+    number: int,
+    password_file: TextIO,
+    token_file: TextIO | None,
+    wait: bool,
+    here: bool,
+) -> Answer:
     """Take over what is new since, and what was refused."""
     with services.database.read() as tx:
         imported = records.get(tx, number)
-    found = _passwords(password_file, two=imported.target["kind"] == "imap")
+    mechanism = imported.source["mechanism"]
+    if token_file is not None and mechanism != "oauth2":
+        raise BadRequest(f"Import {number} logs in by {mechanism}, not by a token file.")
+    found = _secrets(password_file, token_file, mechanism, imported.target["kind"] == "imap")
     secrets = orders.sealed(services.keys, *found)
     services.database.write(lambda tx: passes.queue(tx, services.settings, number, secrets))
     return _started(services, number, wait=wait, here=here)
@@ -372,6 +399,7 @@ def _mail_cancel(services: Services, number: int) -> Answer:
 @click.option(
     "--organization", "organization_id", type=int, help="Make the mailboxes that are missing, as its."
 )
+@_token_file
 def _mail_bulk(
     services: Services,
     file: TextIO,
@@ -379,16 +407,19 @@ def _mail_bulk(
     notify: str,
     good_rows: bool,
     organization_id: int | None,
+    token_file: TextIO | None,
 ) -> Answer:
     """Import many mailboxes that a CSV file lists; all rows are checked before any log-in.
 
     Columns: host, user, password; to_mailbox, or to_maildir, or to_host with to_user and to_password; where
-    needed port, security, mechanism, to_port, to_security, into, notify.
+    needed port, security, mechanism, to_port, to_security, into, notify. --token-file is for rows without a
+    password.
 
     Raises:
         BadRequest: rows are bad and --good-rows is not given; nothing was queued.
     """
-    rows, mistakes = orders.parse(file.read(), notify=_address(notify))
+    token = "" if token_file is None else tokens.written(token_file.read())
+    rows, mistakes = orders.parse(file.read(), notify=_address(notify), token_file=token)
     for mistake in mistakes:
         click.echo(f"line {mistake.line}: {mistake.text}", err=True)
     if not rows or (mistakes and not good_rows):

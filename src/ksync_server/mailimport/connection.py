@@ -24,12 +24,13 @@ from typing import Protocol, cast
 from ksync_server import outbound
 from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, KsyncError, Permanent, RemoteError, Temporary
+from ksync_server.mailimport import tokens
 from ksync_server.networks import Networks, is_loopback, parse
 from ksync_server.wire import imap
 from ksync_server.wire.imap import Body, Continue, Data, Fetched, Status, Value
 
 SECURITIES = ("tls", "starttls", "none")
-MECHANISMS = ("password", "xoauth2")
+MECHANISMS = ("password", "xoauth2", "oauth2")  # the secret is one, an access token, or a token file
 
 _UNSENT = 256 << 10  # bytes that wait to be sent, in the process and in its socket
 _READ = 64 << 10  # asked of zlib at once
@@ -686,7 +687,7 @@ class Connection(asyncio.Protocol):
 
     async def _authenticate(self, secret: str) -> None:
         user = self.server.user
-        if self.server.mechanism == "xoauth2":
+        if self.server.mechanism != "password":
             await self._sasl("XOAUTH2", f"user={user}\x01auth=Bearer {secret}\x01\x01".encode())
         elif "AUTH=PLAIN" in self.capabilities and "SASL-IR" in self.capabilities:
             await self._sasl("PLAIN", f"\0{user}\0{secret}".encode())
@@ -792,16 +793,25 @@ async def connect(
     """A connection that is encrypted as asked, and logged in.
 
     Args:
+        secret: see `MECHANISMS`.
         utf8: take messages with UTF-8 in their headers as they are (RFC 6855): other clients may be given a
             copy that was made plain. To give messages a server needs no such thing.
 
     Raises:
         Permanent: no such host, one that may not be reached, no TLS, a certificate that cannot be trusted, or
-            a log-in that is refused.
+            a log-in or an access token that is refused.
         Temporary: the server does not answer, or does not want us now.
     """
     if server.security == "none" and not settings.plain:
         raise Permanent("A server may be asked without TLS only where mail_import.plain is set.")
+    if server.mechanism == "oauth2":
+        secret = await tokens.obtain(
+            tokens.parse(secret),
+            server.user,
+            context=_context(server),
+            timeout_s=settings.connect_timeout_s,
+            private_networks=private_networks,
+        )
     first: RemoteError | None = None
     for host in names(server.host):
         try:

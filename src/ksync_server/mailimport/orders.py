@@ -18,7 +18,7 @@ from ksync_server.auth import mailboxes
 from ksync_server.auth.keys import Keys
 from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.errors import BadRequest, Permanent
-from ksync_server.mailimport import passes, plan, records
+from ksync_server.mailimport import passes, plan, records, tokens
 from ksync_server.mailimport.connection import MECHANISMS, SECURITIES, Server, connect
 from ksync_server.mailimport.plan import Map, Options
 from ksync_server.mailimport.source import Source
@@ -75,12 +75,14 @@ def server(
     return Server(host, port or _PORTS[security], user, security, mechanism, ca_file)
 
 
-def secret(typed: str) -> str:
-    """A password as it is meant: an app password that was pasted with its spaces has none.
+def secret(typed: str, mechanism: str = "password") -> str:
+    """A password as it is meant: an app password that was pasted with its spaces has none; or a token file.
 
     Raises:
         BadRequest: it is empty, or cannot be one.
     """
+    if mechanism == "oauth2":
+        return tokens.written(typed)
     if not typed or len(typed) > _LONGEST or any(mark in typed for mark in "\0\r\n"):
         raise BadRequest("A password is one line, and not empty.")
     return typed.replace(" ", "") if _PASTED.match(typed) else typed
@@ -255,11 +257,14 @@ class Mistake:
     text: str
 
 
-def parse(text: str, *, notify: str = "") -> tuple[list[Row], list[Mistake]]:
+def parse(text: str, *, notify: str = "", token_file: str = "") -> tuple[list[Row], list[Mistake]]:
     """A CSV file of imports, checked as a whole; no server is asked.
 
     Its first line names the columns: host, user and password; then to_mailbox, to_maildir, or to_host with
     to_user and to_password; and port, security, mechanism, into, notify where they are not the usual ones.
+
+    Args:
+        token_file: on one line (`tokens.written`), for the rows without a password.
 
     Raises:
         BadRequest: no such file: a column that nobody knows, or none of the needed ones.
@@ -270,7 +275,8 @@ def parse(text: str, *, notify: str = "") -> tuple[list[Row], list[Mistake]]:
     except csv.Error as error:
         raise BadRequest(f"This is no CSV file: {error}.") from None
     unknown = sorted(set(names) - set(_COLUMNS))
-    if unknown or not {"host", "user", "password"} <= set(names):
+    needed = {"host", "user"} | (set() if token_file else {"password"})
+    if unknown or not needed <= set(names):
         known = ", ".join(_COLUMNS)
         raise BadRequest(
             f"There is no column {unknown[0]!r}."
@@ -289,7 +295,7 @@ def parse(text: str, *, notify: str = "") -> tuple[list[Row], list[Mistake]]:
             try:
                 if None in values:
                     raise BadRequest("It has more values than there are columns.")
-                row = _row(line, {name: (value or "") for name, value in values.items()}, notify)
+                row = _row(line, {name: (value or "") for name, value in values.items()}, notify, token_file)
                 target = row.mailbox or json.dumps(row.order.target, sort_keys=True)
                 key = (row.order.source.host.lower(), row.order.source.user.lower(), target.lower())
                 if key in seen:
@@ -310,19 +316,21 @@ def _dialect(text: str) -> type[csv.Dialect]:
     return Found
 
 
-def _row(line: int, values: Mapping[str, str], notify: str) -> Row:
+def _row(line: int, values: Mapping[str, str], notify: str, token_file: str) -> Row:
     def number(name: str) -> int | None:
         text = values.get(name, "").strip()
         if text and not text.isdigit():
             raise BadRequest(f"{text!r} is no port.")
         return int(text) if text else None
 
+    mechanism = values.get("mechanism", "").strip().lower() or "password"
+    is_by_file = bool(token_file) and not values.get("password")
     source = server(
         values["host"],
         values["user"].strip(),
         port=number("port"),
         security=values.get("security", "").strip().lower() or "tls",
-        mechanism=values.get("mechanism", "").strip().lower() or "password",
+        mechanism="oauth2" if is_by_file else mechanism,
     )
     targets = [name for name in ("to_mailbox", "to_maildir", "to_host") if values.get(name, "").strip()]
     if len(targets) != 1:
@@ -349,7 +357,7 @@ def _row(line: int, values: Mapping[str, str], notify: str) -> Row:
         target_secret = secret(values.get("to_password", ""))
     order = Order(
         source,
-        secret(values["password"]),
+        token_file if is_by_file else secret(values.get("password", ""), mechanism),
         target,
         target_secret,
         Options(into=values.get("into", "").strip()),
