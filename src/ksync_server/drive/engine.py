@@ -32,7 +32,7 @@ from wsgidav.request_server import RequestServer
 from wsgidav.wsgidav_app import WsgiDAVApp
 
 from ksync_server import errors, http, webdav
-from ksync_server.drive import conditions, locks, tree
+from ksync_server.drive import conditions, copying, erasing, locks, tree
 from ksync_server.http import Request, Response
 from ksync_server.settings import Settings
 from ksync_server.store import blobs
@@ -162,7 +162,7 @@ class _Work:
 
     change: tree.Change
     places: dict[Path, tree.Place]
-    prepared: tree.Prepared | None
+    prepared: copying.Prepared | None
     made: dict[Path, int] = field(default_factory=dict)  # nodes that earlier steps created
     detached: int | None = None  # a tree to erase after the transaction
 
@@ -206,11 +206,11 @@ class _Run:
         self.call.require(self.tx, place, deep=deep)
         self.required.append((place.segments, deep))
 
-    def apply(self, tx: Write, prepared: tree.Prepared | None) -> int | None:
+    def apply(self, tx: Write, prepared: copying.Prepared | None) -> int | None:
         """Apply the record inside a transaction.
 
         Returns:
-            A node that left every tree: `tree.purge` it after the transaction.
+            A node that left every tree: `erasing.purge` it after the transaction.
 
         Raises:
             _Stale: a path leads elsewhere than the run saw; nothing was changed.
@@ -294,7 +294,7 @@ class _Run:
 
         def step(work: _Work) -> None:
             assert work.prepared is not None
-            tree.copy(work.change, work.places[path], work.places[to], work.prepared)
+            copying.copy(work.change, work.places[path], work.places[to], work.prepared)
 
         self.steps.append(step)
         self._set_asked_mtime(to)
@@ -748,7 +748,7 @@ class Engine:
         self._trees = ThreadPoolExecutor(2, thread_name_prefix="trees")
 
     def close(self) -> None:
-        """Wait for running copies and purges; what is cut off, `tree.expire_trash` finishes."""
+        """Wait for running copies and purges; what is cut off, `erasing.expire_trash` finishes."""
         self._trees.shutdown(wait=True, cancel_futures=True)
 
     async def handle(self, request: Request, open_view: OpenView) -> Response:
@@ -771,7 +771,7 @@ class Engine:
                 run, answer = await self._database.pooled(self._attempt, call)
                 if run.steps:
                     await self._publish(run)
-            except (_Stale, tree.SourceChanged):
+            except (_Stale, copying.SourceChanged):
                 continue
             except _MembersLocked as error:
                 return http.xml(207, webdav.multistatus(webdav.failed(href, 423) for href in error.hrefs))
@@ -883,14 +883,14 @@ class Engine:
     async def _publish(self, run: _Run) -> None:
         """Apply what a run recorded, all of it or nothing.
 
-        A caller that is cancelled meanwhile leaves a hidden copy to `tree.expire_trash`: the write may still
-        be on its way to make it visible.
+        A caller that is cancelled meanwhile leaves a hidden copy to `erasing.expire_trash`: the write may
+        still be on its way to make it visible.
         """
         database, view = self._database, run.call.view
-        prepared: tree.Prepared | None = None
+        prepared: copying.Prepared | None = None
         if run.copied is not None:
             node, deep = run.copied
-            prepare = functools.partial(tree.prepare_copy, database, view, node, deep=deep)
+            prepare = functools.partial(copying.prepare_copy, database, view, node, deep=deep)
             prepared = await asyncio.get_running_loop().run_in_executor(self._trees, prepare)
         try:
             detached = await database.writing(lambda tx: run.apply(tx, prepared))
@@ -902,4 +902,4 @@ class Engine:
             self._erase(view, detached)
 
     def _erase(self, view: tree.View, node_id: int) -> None:
-        self._trees.submit(tree.purge, self._database, view.grant.drive_id, node_id)
+        self._trees.submit(erasing.purge, self._database, view.grant.drive_id, node_id)
