@@ -25,7 +25,7 @@ import sqlalchemy as sa
 from bench.measure import verdict
 from conformance.servers import REPOSITORY, postgresql
 from ksync_server import settings
-from ksync_server.drive import tree
+from ksync_server.drive import copying, tree
 from ksync_server.store import changes, schema
 from ksync_server.store import tables as t
 from ksync_server.store.blobs import publish, staged_bytes
@@ -128,12 +128,12 @@ def copy(url: str, drive: str) -> None:
     with database.read() as tx:
         source = tree.resolve(tx, view, ("source",)).node
     assert source is not None
-    prepared = tree.prepare_copy(database, view, source, deep=True)
+    prepared = copying.prepare_copy(database, view, source, deep=True)
 
     def finish(tx: Write) -> None:
         change = tree.begin(tx, view)
         places = (tree.resolve(tx, view, (name,)) for name in ("source", "copy"))
-        tree.copy(change, *places, prepared)
+        copying.copy(change, *places, prepared)
 
     database.write(finish)
     print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)

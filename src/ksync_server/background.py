@@ -11,8 +11,7 @@ from ksync_server import jobs
 from ksync_server.app import Services
 from ksync_server.auth import audit, removal, rotation, throttle
 from ksync_server.dav import collections as dav_collections
-from ksync_server.drive import locks
-from ksync_server.drive import tree as drive_tree
+from ksync_server.drive import erasing, locks
 from ksync_server.jobs import Handler, Periodic
 from ksync_server.mail import sender
 from ksync_server.mail.notices import Notices
@@ -48,7 +47,7 @@ def periodic(services: Services, metrics: StoreMetrics | None = None) -> list[Pe
         figures.stored(*store.totals())
 
     def expire_trash() -> None:
-        while drive_tree.expire_trash(services.database, settings.drive, int(time.time())):
+        while erasing.expire_trash(services.database, settings.drive, int(time.time())):
             pass
 
     def shorten_locks() -> None:
@@ -99,7 +98,7 @@ def erase_account(services: Services, account_id: int, sync_id: str) -> None:
     erased = False
     while not erased:
         dav_collections.erase_home(database, account_id)
-        drive_tree.erase_member(database, account_id, sync_id)
+        erasing.erase_member(database, account_id, sync_id)
         erased = removal.finish(database, account_id)
 
 

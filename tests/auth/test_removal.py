@@ -20,7 +20,7 @@ from ksync_server import background, settings
 from ksync_server.auth import accounts, directory, organizations, products, removal
 from ksync_server.auth.accounts import Account
 from ksync_server.auth.audit import Actor
-from ksync_server.drive import tree
+from ksync_server.drive import erasing
 from ksync_server.errors import ClientError, Conflict, Forbidden, NotAuthenticated, NotFound
 from ksync_server.store import tables as t
 from ksync_server.store.database import Write
@@ -367,7 +367,7 @@ def test_wherever_it_is_cut_the_next_run_ends_it(house: House, monkeypatch: pyte
     assert cuts >= 5
     monkeypatch.setattr(database, "write", real)
     house.erase_due("dav.purge-deleted")
-    tree.expire_trash(database, house.services.settings.drive, int(time.time()) + 2 * 3600)
+    erasing.expire_trash(database, house.services.settings.drive, int(time.time()) + 2 * 3600)
     with door.database.read() as tx:
         assert [row["sync_id"] for row in directory.accounts(tx)] == [bob.sync_id]
         actions = [row["action"] for row in directory.audit(tx, subject=alice.sync_id)]

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from conformance.names import NASTY_NAMES
-from ksync_server.drive import engine, tree
+from ksync_server.drive import copying, engine, tree
 from ksync_server.errors import BadRequest, ClientError, Unavailable
 from ksync_server.http import Response
 from ksync_server.store import tables as t
@@ -868,16 +868,16 @@ def test_a_copied_tree_that_changes_meanwhile_is_copied_as_it_became(
     client.send("MKCOL", "/big")
     for number in range(205):
         client.put(f"/big/{number}")
-    prepare = tree.prepare_copy
+    prepare = copying.prepare_copy
     changed: list[int] = []
 
-    def disturbed(*args: Any, **kwargs: Any) -> tree.Prepared:
+    def disturbed(*args: Any, **kwargs: Any) -> copying.Prepared:
         prepared = prepare(*args, **kwargs)
         if not changed:
             changed.append(other.put("/big/late").status)
         return prepared
 
-    monkeypatch.setattr(tree, "prepare_copy", disturbed)
+    monkeypatch.setattr(copying, "prepare_copy", disturbed)
     assert client.send("COPY", "/big", destination="/copy").status == 201
     client.site.close()
     with drive.database.read() as tx:

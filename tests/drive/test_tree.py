@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ksync_server import settings
 from ksync_server.auth.gate import DriveGrant
-from ksync_server.drive import tree
+from ksync_server.drive import copying, erasing, tree
 from ksync_server.errors import (
     BadRequest,
     ClientError,
@@ -57,22 +57,24 @@ class User:
     def delete(self, path: str, now: int = NOW) -> None:
         detached = self.change(lambda change: tree.delete(change, self.at(change, path)), now)
         if detached is not None:
-            tree.purge(self.drive.database, self.view.grant.drive_id, detached)
+            erasing.purge(self.drive.database, self.view.grant.drive_id, detached)
 
     def move(self, source: str, destination: str) -> None:
         self.change(lambda change: tree.move(change, self.at(change, source), self.at(change, destination)))
 
-    def prepare(self, source: str, *, deep: bool = True) -> tree.Prepared:
+    def prepare(self, source: str, *, deep: bool = True) -> copying.Prepared:
         node = self.resolve(source).node
         assert node is not None
-        return tree.prepare_copy(self.drive.database, self.view, node, deep=deep)
+        return copying.prepare_copy(self.drive.database, self.view, node, deep=deep)
 
     def copy(self, source: str, destination: str, *, deep: bool = True) -> None:
         self.publish(source, destination, self.prepare(source, deep=deep))
 
-    def publish(self, source: str, destination: str, prepared: tree.Prepared) -> None:
+    def publish(self, source: str, destination: str, prepared: copying.Prepared) -> None:
         self.change(
-            lambda change: tree.copy(change, self.at(change, source), self.at(change, destination), prepared)
+            lambda change: copying.copy(
+                change, self.at(change, source), self.at(change, destination), prepared
+            )
         )
 
     def names(self, path: str) -> list[str]:
@@ -381,8 +383,8 @@ def test_the_retention_job_erases_what_is_older_than_its_days_and_nothing_else(a
     alice.delete("/old", now=NOW)
     alice.delete("/young", now=NOW + day)
     database, limits = alice.drive.database, alice.view.settings
-    assert tree.expire_trash(database, limits, NOW + 30 * day) == 0
-    assert tree.expire_trash(database, limits, NOW + 30 * day + 1) == 1
+    assert erasing.expire_trash(database, limits, NOW + 30 * day) == 0
+    assert erasing.expire_trash(database, limits, NOW + 30 * day + 1) == 1
     assert alice.names("/Deleted items") == ["young"]
     assert alice.usage() == (14, 2)
     assert alice.count(t.blob) == 2
@@ -488,9 +490,9 @@ def test_a_tree_that_changes_while_it_is_copied_is_not_published_and_can_be_trie
     prepared = alice.prepare("/t")
     assert prepared.root_id is not None
     alice.put("/t/x/y/new")
-    with pytest.raises(tree.SourceChanged):
+    with pytest.raises(copying.SourceChanged):
         alice.publish("/t", "/copy", prepared)
-    tree.purge(alice.drive.database, alice.view.grant.drive_id, prepared.root_id)
+    erasing.purge(alice.drive.database, alice.view.grant.drive_id, prepared.root_id)
     before = alice.usage()
     prepared = alice.prepare("/t")
     alice.put("/other", b"changes elsewhere do not matter")
@@ -519,11 +521,11 @@ def test_an_abandoned_hidden_copy_is_erased_and_cannot_be_published_later(alice:
         assert prepared.root_id is not None
         staged = tree.get(tx, prepared.root_id)
     assert staged.deleted_at is not None
-    assert tree.expire_trash(database, limits, staged.deleted_at + 3600) == 0
-    assert tree.expire_trash(database, limits, staged.deleted_at + 3601) == 1
+    assert erasing.expire_trash(database, limits, staged.deleted_at + 3600) == 0
+    assert erasing.expire_trash(database, limits, staged.deleted_at + 3601) == 1
     assert alice.usage() == before
     alice.put("/copy", b"stays")
-    with pytest.raises(tree.SourceChanged):
+    with pytest.raises(copying.SourceChanged):
         alice.publish("/t", "/copy", prepared)
     assert alice.content("/copy") == b"stays"
 

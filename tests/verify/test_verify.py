@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from conformance.servers import S3
 from ksync_server import settings
-from ksync_server.drive import tree
+from ksync_server.drive import copying, erasing, tree
 from ksync_server.errors import Conflict
 from ksync_server.store import blobs, changes, schema
 from ksync_server.store import tables as t
@@ -67,9 +67,9 @@ class World:
         with self.database.read() as tx:
             node = tree.resolve(tx, self.view, tuple(source.split("/"))).node
         assert node is not None
-        prepared = tree.prepare_copy(self.database, self.view, node, deep=True)
+        prepared = copying.prepare_copy(self.database, self.view, node, deep=True)
         self.change(
-            lambda change: tree.copy(change, self.at(change, source), self.at(change, target), prepared)
+            lambda change: copying.copy(change, self.at(change, source), self.at(change, target), prepared)
         )
 
     def event(self, name: str, content: bytes = b"x" * 150) -> None:
@@ -552,18 +552,18 @@ def test_copies_being_built_and_trees_being_erased_are_no_faults(
         node = tree.resolve(tx, world.view, ("folder",)).node
     assert node is not None
     looks: list[list[Finding]] = []
-    real = tree._copy_folder
+    real = copying._copy_folder
 
     def looking(*arguments: Any) -> Any:
         looks.append(world.find())
         return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tree, "_copy_folder", looking)
-        prepared = tree.prepare_copy(world.database, world.view, node, deep=True)
+        patched.setattr(copying, "_copy_folder", looking)
+        prepared = copying.prepare_copy(world.database, world.view, node, deep=True)
     root, drive = prepared.root_id, world.view.grant.drive_id
     assert root is not None
-    while not world.database.write(lambda tx: tree._purge_step(tx, drive, root)):
+    while not world.database.write(lambda tx: erasing._purge_step(tx, drive, root)):
         looks.append(world.find())
     assert len(looks) >= 2
     assert looks == [[]] * len(looks)

@@ -1,4 +1,4 @@
-"""The statements of the tree, built once; `tree.py` says when they run."""
+"""The statements of the tree, built once; `tree.py`, `copying.py` and `erasing.py` say when they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a drive: paths to nodes, and every change of the tree.
+"""The files of a drive: paths to nodes, and the changes of the tree; copying.py copies, erasing.py erases.
 
 Functions take a transaction. Readers take `Read`; changes take a `Change`, which `begin` makes: the first
 statement of every change is the drive's change number, so writers of one drive wait for each other and what
@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from ksync_server import settings as configuration
@@ -21,14 +21,10 @@ from ksync_server.auth.gate import DriveGrant
 from ksync_server.drive import statements
 from ksync_server.errors import BadRequest, Conflict, Forbidden, InsufficientStorage, NotFound, UriTooLong
 from ksync_server.store import blobs, changes
-from ksync_server.store.database import Database, Read, Row, Write
+from ksync_server.store.database import Read, Row, Write
 
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f/\ud800-\udfff\ufffe\uffff]")
-_SMALL_TREE = 200  # nodes copied inside one transaction: some 4 ms
-_PAGE = 200  # nodes of one step of a longer work: some 4 ms
-_PURGED_AT_ONCE = 75  # nodes erased in one transaction, before the last look's members: 2 to 4 ms
-_PURGE_LOOK = 50  # members read at once while erasing
-_STAGE_S = 3600  # a hidden copy untouched for this long was abandoned
+PAGE = 200  # nodes of one step of a longer work: some 4 ms
 
 
 class Area(StrEnum):
@@ -148,8 +144,8 @@ class Change:
         Cost: nothing for the numbers taken at the start, one update for each later one.
         """
         if self._next > self._last:
-            self._last = changes.bump(self.tx, self.view.grant.collection_id, _PAGE)
-            self._next = self._last - _PAGE + 1
+            self._last = changes.bump(self.tx, self.view.grant.collection_id, PAGE)
+            self._next = self._last - PAGE + 1
         self._next += 1
         return self._next - 1
 
@@ -229,7 +225,7 @@ def get(tx: Read, node_id: int) -> Node:
     return node(row)
 
 
-def list_page(tx: Read, parent_id: int, after: str = "", most: int = _PAGE) -> list[Node]:
+def list_page(tx: Read, parent_id: int, after: str = "", most: int = PAGE) -> list[Node]:
     """Up to `most` members of a folder in name order, after the name `after`.
 
     Cost: one index range; the next page starts after the last name.
@@ -419,10 +415,11 @@ def begin(tx: Write, view: View, *, now: int | None = None) -> Change:
     )
 
 
-def _use(change: Change, size: int, count: int) -> None:
+def use(change: Change, size: int, count: int) -> None:
     """Account for bytes and nodes.
 
     Raises:
+        NotFound: the drive is gone.
         InsufficientStorage: quota-not-exceeded, or too many files (RFC 4331 §6).
     """
     grant, settings = change.view.grant, change.view.settings
@@ -438,14 +435,16 @@ def _use(change: Change, size: int, count: int) -> None:
         raise InsufficientStorage(f"A drive may have {settings.max_files} files.")
 
 
-def _touch(change: Change, folder_id: int, by: int) -> None:
+def touch(change: Change, folder_id: int, by: int) -> None:
+    """Give a folder a new number and modification time, and `by` members more."""
     change.tx.fast(
         statements.MEMBERS,
         {"id_": folder_id, "by": by, "seq": change.number(), "mtime_ms": change.now * 1000},
     )
 
 
-def _insert(change: Change, parent_id: int | None, name: str, **values: object) -> int:
+def insert(change: Change, parent_id: int | None, name: str, **values: object) -> int:
+    """Write the row of a new node, `values` over what is usual; returns its id."""
     parameters = {
         "drive_id": change.view.grant.drive_id,
         "parent_id": parent_id,
@@ -484,7 +483,7 @@ def put_file(
     old = place.node
     if old is not None and old.folder:
         raise Conflict("A folder has this name.")
-    _use(change, content.size - (old.size if old else 0), 0 if old else 1)
+    use(change, content.size - (old.size if old else 0), 0 if old else 1)
     values = {
         "size": content.size,
         "content_type": content_type,
@@ -492,10 +491,10 @@ def put_file(
         "blob_id": blobs.publish(change.tx, content),
     }
     if old is None:
-        _touch(change, parent.id, 1)
-        return get(change.tx, _insert(change, parent.id, place.name, folder=False, **values))
+        touch(change, parent.id, 1)
+        return get(change.tx, insert(change, parent.id, place.name, folder=False, **values))
     change.tx.fast(statements.CONTENT, {"id_": old.id, "seq": change.number(), **values})
-    _touch(change, parent.id, 0)
+    touch(change, parent.id, 0)
     if old.blob_id is not None:
         blobs.release(change.tx, old.blob_id)
     return get(change.tx, old.id)
@@ -510,10 +509,10 @@ def make_folder(change: Change, place: Place, *, mtime_ms: int | None = None) ->
     parent = check_create(change.view, place)
     if not place.missing:
         raise Conflict("Something has this name already.")
-    _use(change, 0, 1)
-    _touch(change, parent.id, 1)
+    use(change, 0, 1)
+    touch(change, parent.id, 1)
     extra = {} if mtime_ms is None else {"mtime_ms": mtime_ms}
-    return get(change.tx, _insert(change, parent.id, place.name, folder=True, **extra))
+    return get(change.tx, insert(change, parent.id, place.name, folder=True, **extra))
 
 
 def make_empty_file(change: Change, place: Place) -> Node:
@@ -540,7 +539,7 @@ def delete(change: Change, place: Place) -> int | None:
     """Move a resource to the member's deleted items; inside of them, take it out of sight for good.
 
     Returns:
-        None, or the id of a detached node: call `purge` with it after the transaction.
+        None, or the id of a detached node: call `erasing.purge` with it after the transaction.
 
     Raises:
         NotFound: there is nothing.
@@ -556,13 +555,13 @@ def delete(change: Change, place: Place) -> int | None:
     if not change.view.settings.purge_over_webdav:
         raise Forbidden("Deleted items are kept; this server does not let programs erase them.")
     _drop_locks(change, target.id)
-    _touch(change, target.parent_id, -1)
+    touch(change, target.parent_id, -1)
     _detach(change, target.id)
     return target.id
 
 
 def _detach(change: Change, node_id: int) -> None:
-    """Take a node out of every tree; `expire_trash` purges it if nobody does before."""
+    """Take a node out of every tree; `erasing.expire_trash` purges it if nobody does before."""
     values = {"id_": node_id, "parent_id": None, "name": "", "seq": change.number(), "deleted_at": 0}
     change.tx.fast(statements.RELOCATE, values)
 
@@ -578,8 +577,8 @@ def to_trash(change: Change, target: Node) -> None:
         # Many deletions of one name: the change number is free for certain.
         name = _numbered(target.name, attempt if attempt < 10 else seq, settings)
     _drop_locks(change, target.id)
-    _touch(change, target.parent_id, -1)
-    _touch(change, trash_id, 1)
+    touch(change, target.parent_id, -1)
+    touch(change, trash_id, 1)
     change.tx.fast(
         statements.RELOCATE,
         {
@@ -594,8 +593,16 @@ def to_trash(change: Change, target: Node) -> None:
     )
 
 
-def _make_room(change: Change, source: Place, destination: Place) -> Node:
-    """Check a COPY or MOVE and put what is at the destination into the deleted items."""
+def make_room(change: Change, source: Place, destination: Place) -> Node:
+    """Check a COPY or MOVE and put what is at the destination into the deleted items.
+
+    Returns:
+        The folder that the destination is in.
+
+    Raises:
+        Forbidden: one of the places lies inside the other.
+        Forbidden, Conflict, UriTooLong, InsufficientStorage: see `check_create`.
+    """
     assert source.node is not None
     target = check_create(change.view, destination)
     if any(node.id == source.node.id for node in destination.chain):
@@ -620,301 +627,14 @@ def move(change: Change, source: Place, destination: Place) -> None:
     """
     moved = check_remove(change.view, source)
     assert moved.parent_id is not None
-    folder = _make_room(change, source, destination)
+    folder = make_room(change, source, destination)
     _drop_locks(change, moved.id)
     change.tx.fast(
         statements.RELOCATE,
         {"id_": moved.id, "parent_id": folder.id, "name": destination.name, "seq": change.number()},
     )
     if moved.parent_id == folder.id:
-        _touch(change, folder.id, 0)
+        touch(change, folder.id, 0)
     else:
-        _touch(change, moved.parent_id, -1)
-        _touch(change, folder.id, 1)
-
-
-# -- copying --------------------------------------------------------------------------------------
-
-
-class SourceChanged(Conflict):
-    """The tree being copied changed meanwhile; nothing was published, prepare it again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A copy on its way: `root_id` is the hidden tree, or None where one transaction does it all."""
-
-    source_id: int
-    deep: bool
-    root_id: int | None = None
-    seen: int = 0  # no change up to this number touched the source since it was read
-
-
-def prepare_copy(database: Database, view: View, source: Node, *, deep: bool) -> Prepared:
-    """Build the copy of a large tree where nobody sees it. Blocking; outside any transaction.
-
-    A small tree, a file, or a folder without its members (`deep` False) needs no preparation. What is
-    prepared but not published by `copy` is to be given to `purge`; the retention job finds it otherwise.
-
-    Raises:
-        InsufficientStorage: quota or number of files; nothing stays.
-        SourceChanged: the tree changed meanwhile; nothing stays.
-        NotFound: the source is gone.
-
-    Cost: transactions of at most 200 nodes each.
-    """
-    if not (source.folder and deep):
-        return Prepared(source.id, deep)
-    with database.read() as tx:
-        seen = int(tx.scalar(statements.COLLECTION_SEQ, {"id_": view.grant.collection_id}) or 0)
-        if tx.scalar(statements.SUBTREE_SIZE, {"id_": source.id, "most": _SMALL_TREE + 1}) <= _SMALL_TREE:
-            return Prepared(source.id, deep)
-    started = Prepared(source.id, deep, None, seen)
-    prepared = database.write(lambda tx: _stage_folder(begin(tx, view), started))
-    root_id = prepared.root_id
-    assert root_id is not None
-    folders = [(source.id, root_id)]
-    try:
-        while folders:
-            prepared = _copy_folder(database, view, prepared, folders)
-    except BaseException:
-        purge(database, view.grant.drive_id, root_id)
-        raise
-    return prepared
-
-
-def _stage_folder(change: Change, prepared: Prepared) -> Prepared:
-    _check_unchanged(change, prepared)
-    source = get(change.tx, prepared.source_id)
-    _use(change, 0, 1)
-    root_id = _insert(change, None, "", folder=True, mtime_ms=source.mtime_ms, deleted_at=change.now)
-    change.tx.fast(statements.SET_ENTRIES, {"id_": root_id, "entries": source.entries})
-    change.tx.fast(statements.COPY_PROPERTIES, {"id_": source.id, "to": root_id})
-    return replace(prepared, root_id=root_id, seen=change.last)
-
-
-def _copy_folder(
-    database: Database, view: View, prepared: Prepared, folders: list[tuple[int, int]]
-) -> Prepared:
-    """Copy the members of the last of `folders` page by page; its own folders are added there."""
-    origin, target = folders.pop()
-    after = ""
-
-    def step(tx: Write) -> tuple[str, list[tuple[int, int]], int]:
-        change = begin(tx, view)
-        _check_unchanged(change, prepared)
-        tx.fast(statements.STAGE_BEAT, {"id_": prepared.root_id, "now": change.now})
-        return *_copy_page(change, origin, target, after), change.last
-
-    while True:
-        after, found, seen = database.write(step)
-        prepared = replace(prepared, seen=seen)
-        folders += found
-        if not after:
-            return prepared
-
-
-def _copy_page(change: Change, origin: int, target: int, after: str) -> tuple[str, list[tuple[int, int]]]:
-    """Copy up to a page of members; returns the name to go on after ("" = done) and the pairs of folders."""
-    tx = change.tx
-    span = {"parent": origin, "to": target, "after": after, "most": _PAGE, "now": change.now}
-    rows = tx.fast(statements.COPY_PAGE, {**span, "base": change.numbers(_PAGE)})
-    if not rows:
-        return "", []
-    for _, blob_id, _ in rows:
-        if blob_id is not None:
-            blobs.share(tx, blob_id)
-    _use(change, sum(size for _, _, size in rows), len(rows))
-    # The database's own order of names, which need not be Python's.
-    last = str(tx.scalar(statements.LAST_NAME, {"id_": target}))
-    span["last"] = last
-    tx.fast(statements.COPY_PAGE_PROPERTIES, span)
-    folders = tx.fast(statements.FOLDERS_OF, span) if any(folder for folder, _, _ in rows) else []
-    return last if len(rows) == _PAGE else "", [(int(old), int(new)) for old, new in folders]
-
-
-def copy(change: Change, source: Place, destination: Place, prepared: Prepared) -> None:
-    """Make the copy visible; what it replaces goes to the deleted items. No byte is copied.
-
-    Both places were resolved in this transaction.
-
-    Raises:
-        NotFound: there is nothing at the source.
-        SourceChanged: the source is not as it was when the hidden copy was built.
-        Forbidden, Conflict, UriTooLong, InsufficientStorage: see `check_create`, or the quota.
-
-    Spec: RFC 4918 §9.8. Cost: 20 us per node of a small tree, else independent of its size.
-    """
-    origin = source.node
-    if origin is None:
-        raise NotFound("There is nothing at this address.")
-    if source.area is Area.TRASH and source.fixed:
-        raise Forbidden("The deleted items cannot be copied as a whole.")
-    if origin.id != prepared.source_id:
-        raise SourceChanged("It changed while it was being copied.")
-    if prepared.root_id is not None:
-        _check_unchanged(change, prepared)
-        staged = find(change.tx, prepared.root_id)
-        if staged is None or not staged.deleted_at:
-            raise SourceChanged("The copy took too long; please try again.")
-    folder = _make_room(change, source, destination)
-    _touch(change, folder.id, 1)
-    if prepared.root_id is not None:
-        values = {"id_": prepared.root_id, "parent_id": folder.id, "name": destination.name}
-        change.tx.fast(statements.RELOCATE, {**values, "seq": change.number()})
-    else:
-        _copy_inline(change, origin, folder.id, destination.name, deep=prepared.deep)
-
-
-def _copy_inline(change: Change, origin: Node, folder_id: int, name: str, *, deep: bool) -> None:
-    _use(change, origin.size, 1)
-    if origin.blob_id is not None:
-        blobs.share(change.tx, origin.blob_id)
-    values = {
-        "folder": origin.folder,
-        "size": origin.size,
-        "content_type": origin.content_type,
-        "mtime_ms": origin.mtime_ms,
-        "blob_id": origin.blob_id,
-    }
-    top = _insert(change, folder_id, name, **values)
-    change.tx.fast(statements.COPY_PROPERTIES, {"id_": origin.id, "to": top})
-    if not (origin.folder and deep):
-        return
-    change.tx.fast(statements.SET_ENTRIES, {"id_": top, "entries": origin.entries})
-    folders = [(origin.id, top)]
-    for source_id, target_id in folders:  # grows while it is walked
-        after, found = _copy_page(change, source_id, target_id, "")
-        folders += found
-        while after:
-            after, found = _copy_page(change, source_id, target_id, after)
-            folders += found
-
-
-def _check_unchanged(change: Change, prepared: Prepared) -> None:
-    """Whether other transactions since the last look changed anything below the source.
-
-    A folder's number counts its members' coming, going and content, so nothing is missed.
-    """
-    if change.first == prepared.seen + 1:
-        return
-    span = {"after": prepared.seen, "before": change.first, "drive_id": change.view.grant.drive_id}
-    for (node_id,) in change.tx.fast(statements.CHANGED_BETWEEN, span):
-        if is_inside(change.tx, node_id, prepared.source_id):
-            raise SourceChanged("It changed while it was being copied; please try again.")
-
-
-# -- erasing --------------------------------------------------------------------------------------
-
-
-def purge(database: Database, drive_id: int, node_id: int) -> None:
-    """Erase a detached tree: rows, shares of bytes, the room it took. Blocking; outside any transaction.
-
-    It may be interrupted anywhere: `expire_trash` goes on.
-
-    Cost: transactions of at most 125 nodes each, 5 ms.
-    """
-    while not database.write(lambda tx: _purge_step(tx, drive_id, node_id)):
-        pass
-
-
-def _purge_step(tx: Write, drive_id: int, node_id: int) -> bool:
-    """Erase some nodes from below; returns whether the tree is gone."""
-    _lock_drive(tx, drive_id)
-    top = find(tx, node_id)
-    if top is None:
-        return True
-    if top.parent_id is not None or top.deleted_at is None:
-        raise Conflict("It was restored meanwhile.")
-    erased = size = 0
-    at = top
-    while erased < _PURGED_AT_ONCE:
-        members = list_page(tx, at.id, most=_PURGE_LOOK)
-        if not members:
-            _erase(tx, at)
-            erased += 1
-            size += at.size
-            if at.id == node_id:
-                break
-            assert at.parent_id is not None
-            at = get(tx, at.parent_id)
-            continue
-        for member in members:
-            if not member.folder:
-                _erase(tx, member)
-                erased += 1
-                size += member.size
-        at = next((member for member in members if member.folder), at)
-    tx.fast(statements.USE, {"id_": drive_id, "size": -size, "count": -erased})
-    return at.id == node_id and find(tx, node_id) is None
-
-
-def _erase(tx: Write, gone: Node) -> None:
-    tx.fast(statements.DROP_NODE, {"id_": gone.id})
-    if gone.blob_id is not None:
-        blobs.release(tx, gone.blob_id)
-
-
-def _lock_drive(tx: Write, drive_id: int) -> int:
-    """`begin` without a member: take a change number; returns it."""
-    collection_id = tx.scalar(statements.DRIVE_COLLECTION, {"id_": drive_id})
-    if collection_id is None:
-        raise NotFound("The drive does not exist any more.")
-    return changes.bump(tx, collection_id)
-
-
-def expire_trash(database: Database, settings: configuration.Drive, now: int, *, most: int = 1000) -> int:
-    """Erase what was deleted more than `trash_days` ago and what interrupted copies left. Blocking.
-
-    Args:
-        now: Unix seconds.
-        most: how many deleted resources to take at once.
-
-    Returns:
-        How many deleted resources (files or whole trees) were erased. Safe in any number of processes.
-    """
-    before = now - settings.trash_days * 86400
-    limits = {"before": before, "abandoned": now - _STAGE_S, "most": most}
-    rows = database.fast(statements.EXPIRED, limits)
-    erased = 0
-    for node_id, drive_id in rows:
-        if database.write(lambda tx, d=drive_id, n=node_id: _expire(tx, d, n, before, now)):  # type: ignore[misc]
-            purge(database, drive_id, node_id)
-            erased += 1
-    return erased
-
-
-def _expire(tx: Write, drive_id: int, node_id: int, before: int, now: int) -> bool:
-    """Detach an expired node; False when it was restored or erased meanwhile."""
-    seq = _lock_drive(tx, drive_id)
-    found = find(tx, node_id)
-    if found is None or found.deleted_at is None:
-        return False
-    if found.parent_id is not None:
-        if found.deleted_at >= before:
-            return False
-        tx.fast(statements.MEMBERS, {"id_": found.parent_id, "by": -1, "seq": seq, "mtime_ms": now * 1000})
-    tx.fast(statements.RELOCATE, {"id_": node_id, "parent_id": None, "name": "", "seq": seq, "deleted_at": 0})
-    return True
-
-
-def erase_member(database: Database, account_id: int, sync_id: str) -> None:
-    """Erase an account's own files in every drive it is or was a member of; blocking.
-
-    Common documents stay, whoever put them there. It may be interrupted anywhere and called again;
-    `expire_trash` ends what was begun.
-
-    Cost: as `purge`.
-    """
-    names = {"root": f"root {sync_id}", "trash": f"trash {sync_id}"}
-    for node_id, drive_id in database.fast(statements.ROOTS_OF, names):
-        database.write(lambda tx, d=drive_id, n=node_id: _detach_root(tx, d, n, account_id))  # type: ignore[misc]
-        purge(database, drive_id, node_id)
-
-
-def _detach_root(tx: Write, drive_id: int, node_id: int, account_id: int) -> None:
-    """Close a drive to its member and make one of its two roots a tree that `purge` takes."""
-    seq = _lock_drive(tx, drive_id)
-    tx.fast(statements.DROP_MEMBER, {"drive_id": drive_id, "account_id": account_id})
-    tx.fast(statements.RELOCATE, {"id_": node_id, "parent_id": None, "name": "", "seq": seq, "deleted_at": 0})
-    tx.fast(statements.USE, {"id_": drive_id, "size": 0, "count": 1})  # roots are not counted, trees are
+        touch(change, moved.parent_id, -1)
+        touch(change, folder.id, 1)
