@@ -16,7 +16,8 @@ import pytest
 from conformance.imap_server import Fault, Pour, Rule, Server, Stall
 from ksync_server import settings
 from ksync_server.mailimport import reading
-from ksync_server.mailimport.connection import Connection, Whole
+from ksync_server.mailimport.connection import Connection
+from ksync_server.mailimport.listening import Whole
 from ksync_server.mailimport.sinks import Message
 from ksync_server.mailimport.source import Bodies, Source
 from ksync_server.store.database import Database

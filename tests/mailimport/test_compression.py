@@ -8,7 +8,7 @@ import pytest
 
 from conformance import mail_corpus
 from conformance.imap_server import Pour, Rule, Server
-from ksync_server.mailimport import connection
+from ksync_server.mailimport import connecting
 from ksync_server.mailimport.source import Bodies
 from ksync_server.store.database import Database
 from tests.mailimport.harness import contents, exact, moving
@@ -18,8 +18,8 @@ from tests.mailimport.test_cases import BODY, filled
 @pytest.fixture(autouse=True)
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers on this machine count as distant ones."""
-    monkeypatch.setattr(connection, "_FAR_S", -1.0)
-    monkeypatch.setattr(connection, "is_loopback", lambda _: False)
+    monkeypatch.setattr(connecting, "_FAR_S", -1.0)
+    monkeypatch.setattr(connecting, "is_loopback", lambda _: False)
 
 
 @pytest.mark.spec("RFC 4978")

@@ -27,7 +27,7 @@ from conformance.imap_server import (
 )
 from ksync_server import settings
 from ksync_server.jobs import LeaseLost
-from ksync_server.mailimport import connection
+from ksync_server.mailimport import listening, servers
 from ksync_server.mailimport.connection import Connection
 from ksync_server.mailimport.imap_sink import ImapSink
 from ksync_server.mailimport.ledger import Ledger
@@ -154,7 +154,7 @@ def test_a_poisoned_message_for_a_folder_that_cannot_be_made_stops_nothing(
 def test_a_fetch_that_was_just_sent_is_no_server_that_throttles() -> None:
     async def run() -> None:
         made = Connection(
-            connection.Server("mail.example.org", 143, "alice"), settings.MailImport(timeout_s=3.0)
+            servers.Server("mail.example.org", 143, "alice"), settings.MailImport(timeout_s=3.0)
         )
         made.capabilities = frozenset({"LITERAL+", "UIDPLUS"})
         made.connection_made(cast(asyncio.Transport, Wire()))
@@ -162,7 +162,7 @@ def test_a_fetch_that_was_just_sent_is_no_server_that_throttles() -> None:
         end = time.monotonic() + 8
         while time.monotonic() < end and made.is_open:
             # an APPEND is always under way; each fetch is answered within 50 ms
-            fetch = await made.send("UID FETCH", "7", "(UID FLAGS)", listener=connection.Listener())
+            fetch = await made.send("UID FETCH", "7", "(UID FLAGS)", listener=listening.Listener())
             made.data_received(b"%s OK\r\n" % pending.tag.encode())
             pending = await made.send("APPEND", b"INBOX", b"x")
             await asyncio.sleep(0.2)

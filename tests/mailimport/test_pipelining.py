@@ -13,9 +13,10 @@ import pytest
 from conformance.imap_server import MODERN, No, Rule, Server
 from ksync_server import settings
 from ksync_server.errors import BadRequest, Temporary
-from ksync_server.mailimport import connection
-from ksync_server.mailimport.connection import Connection, Listener, Whole
+from ksync_server.mailimport import servers
+from ksync_server.mailimport.connection import Connection
 from ksync_server.mailimport.imap_sink import ImapSink
+from ksync_server.mailimport.listening import Listener, Whole
 from ksync_server.store.database import Database
 from ksync_server.wire.imap import Fetched
 from tests.mailimport.harness import contents, exact, moving
@@ -49,7 +50,7 @@ class Heard(Listener):
 
 def talk(conversation: Callable[[Connection, Wire], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        made = Connection(connection.Server("mail.example.org", 143, "alice"), settings.MailImport())
+        made = Connection(servers.Server("mail.example.org", 143, "alice"), settings.MailImport())
         made.capabilities = frozenset({"LITERAL+", "UIDPLUS"})
         wire = Wire()
         made.connection_made(cast(asyncio.Transport, wire))

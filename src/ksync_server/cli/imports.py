@@ -19,9 +19,9 @@ from ksync_server.cli.output import Answer, command, read_secret, table
 from ksync_server.errors import BadRequest, ClientError, Conflict
 from ksync_server.jobs import Handler
 from ksync_server.mailimport import letters, orders, passes, records, tokens
-from ksync_server.mailimport.connection import MECHANISMS, SECURITIES
 from ksync_server.mailimport.orders import Order
 from ksync_server.mailimport.plan import Options
+from ksync_server.mailimport.servers import MECHANISMS, SECURITIES
 from ksync_server.runner import Runner
 from ksync_server.settings import MAIL_ADDRESS
 from ksync_server.store.database import Write

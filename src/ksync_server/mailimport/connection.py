@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import socket
-import ssl
 import zlib
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from ksync_server import outbound
 from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, KsyncError, Permanent, RemoteError, Temporary
-from ksync_server.mailimport import tokens
-from ksync_server.networks import Networks, is_loopback, parse
+from ksync_server.mailimport.listening import Listener
+from ksync_server.mailimport.servers import Refused, Server, is_temporary, said
 from ksync_server.wire import imap
 from ksync_server.wire.imap import Body, Continue, Data, Fetched, Status, Value
-
-SECURITIES = ("tls", "starttls", "none")
-MECHANISMS = ("password", "xoauth2", "oauth2")  # the secret is one, an access token, or a token file
 
 _UNSENT = 256 << 10  # bytes that wait to be sent, in the process and in its socket
 _READ = 64 << 10  # asked of zlib at once
@@ -52,23 +45,7 @@ _ASKERS = {  # untagged data that we look at, and which commands they answer
 _OF_A_MESSAGE = (memoryview, Fetched, Body)
 _ANSWERS = 10_000_000  # to one command: a folder has fewer messages, and a server that never ends is left
 _HELD_ANSWERS = 250_000  # the same where they are kept until the end
-_PARTS = 1000  # messages of which something was said, and something not
-_LONG = 4096  # bytes of flags and labels of a message from which on they are counted
-_LONG_ONES = 16 << 20  # bytes of such that one command may hold
 _WATCH_S = 1.0
-_FAR_S = 0.01  # seconds to connect from which on compression pays
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Where a mailbox is and how to get in; the secret is not part of it."""
-
-    host: str
-    port: int
-    user: str
-    security: str = "tls"  # one of SECURITIES
-    mechanism: str = "password"  # one of MECHANISMS
-    ca_file: str = ""  # certificates (PEM) to trust instead of the system's
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,146 +58,6 @@ class Reply:
     def named(self, name: str) -> list[Data]:
         """Untagged data of one kind."""
         return [each for each in self.data if each.name == name]
-
-
-class Refused(RemoteError):
-    """NO or BAD; the connection goes on."""
-
-    def __init__(self, command: str, status: Status) -> None:
-        super().__init__(f"{command}: {status.word} {said(status)}")
-        self.status = status
-
-
-def said(status: Status) -> str:
-    """A server's words on one line, cut to what a report may hold."""
-    code = f"[{status.code}] " if status.code else ""
-    return code + "".join(mark if mark.isprintable() else " " for mark in status.text)[:200]
-
-
-_LATER = frozenset(
-    {"UNAVAILABLE", "INUSE", "LIMIT", "SERVERBUG", "THROTTLED", "OVERQUOTA", "EXPIRED-CONNECTION"}
-)
-_NEVER = frozenset(
-    {"AUTHENTICATIONFAILED", "AUTHORIZATIONFAILED", "EXPIRED", "PRIVACYREQUIRED", "CONTACTADMIN", "WEBALERT"}
-)
-_LATER_WORDS = re.compile(
-    r"too many|try again|temporar|unavailable|overload|throttl|bandwidth|exceeded|later|timed? ?out", re.I
-)
-
-
-def is_temporary(status: Status) -> bool:
-    """Whether the same command may succeed later.
-
-    Spec: RFC 5530 §3; words where a server gives no code.
-    """
-    if status.code in _NEVER:
-        return False
-    return status.word == "BYE" or status.code in _LATER or bool(_LATER_WORDS.search(status.text))
-
-
-def is_of_a_message(status: Status) -> bool:
-    """Whether a refused body is the message's matter: the server does not say that it will do better later.
-
-    SERVERBUG is no such promise: Dovecot says it of each message that it cannot read, for ever.
-    """
-    return status.code == "SERVERBUG" or not is_temporary(status)
-
-
-# -- what comes in ----------------------------------------------------------------------------------
-
-
-class Listener:
-    """Is told what a server says of messages. What it raises ends the connection."""
-
-    bodies = False  # it asks for some; a server that sends one unasked is not heard
-
-    def fetched(self, each: Fetched) -> None:
-        """What is said of a message; of one with a body after the last piece of that."""
-
-    def expunged(self, number: int) -> None:
-        """A message is gone, and the later ones have one number less."""
-
-    def begins(self, size: int, uid: int | None) -> None:
-        """A body begins. `uid`: where the server said it before."""
-
-    def piece(self, data: memoryview) -> None:
-        """A part of the body that began."""
-
-    def answered(self, tag: str, status: Status) -> None:
-        """A command is answered."""
-
-    def failed(self, error: Exception) -> None:
-        """The connection is gone."""
-
-
-class Take(Protocol):
-    """Is given what a server has said of a message."""
-
-    def __call__(
-        self, uid: int, size: int, received: datetime, flags: tuple[str, ...], others: Mapping[str, Value], /
-    ) -> None: ...
-
-
-class Whole(Listener):
-    """Passes on messages of which a server has said all that was asked, in one answer or in several.
-
-    Args:
-        take: is given each of them.
-        others: what must be said beside UID, size, date and flags.
-
-    Spec: RFC 3501 §7.4.2; an answer with fewer may be about a message that was not asked for.
-    """
-
-    def __init__(self, take: Take, others: Iterable[str] = ()) -> None:
-        self._take = take
-        self._others = frozenset(others)
-        self._parts: dict[int, Fetched] = {}  # by the message's number
-        self._held = 0  # bytes of long flags and labels
-
-    def fetched(self, each: Fetched) -> None:
-        """See `Listener`."""
-        _, uid, flags, received, size, others = each
-        if others is not imap.NOTHING:  # the long way: only there may be much of it
-            self._weigh(flags or (), others)
-        if (
-            uid is None
-            or flags is None
-            or received is None
-            or size is None
-            or (self._others and not self._others <= others.keys())
-        ):
-            self._join(each)
-        else:
-            self._take(uid, size, received, flags, others)
-
-    def _weigh(self, flags: Iterable[str], others: Mapping[str, Value]) -> None:
-        length = sum(map(len, flags)) + (len(str(others)) if others else 0)
-        if length > _LONG:
-            self._held += length
-            if self._held > _LONG_ONES:
-                raise BadRequest(f"flags and labels of {self._held} bytes")
-
-    def _join(self, each: Fetched) -> None:
-        """A part: keep it, or pass on the whole where it was the last one."""
-        if each.others.keys() - self._others:
-            asked = {name: each.others[name] for name in self._others & each.others.keys()}
-            each = each._replace(others=asked)
-        before = self._parts.pop(each.number, None)
-        if before is None:
-            self._parts[each.number] = each
-            if len(self._parts) > _PARTS:
-                del self._parts[next(iter(self._parts))]
-            return
-        said = {name: new for name, new in each._asdict().items() if new is not None}
-        now = before._replace(**{**said, "others": {**before.others, **each.others}})
-        if None in now or not self._others <= now.others.keys():
-            self._parts[each.number] = now
-        else:
-            self.fetched(now)
-
-    def expunged(self, number: int) -> None:
-        """See `Listener`."""
-        self._parts = {at - (at > number): part for at, part in self._parts.items() if at != number}
 
 
 @dataclass(slots=True)
@@ -645,7 +482,7 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         transport = self._transport
         upgraded = await self._loop.start_tls(
-            transport, self, _context(self.server), server_hostname=self.server.host
+            transport, self, self.server.context(), server_hostname=self.server.host
         )
         assert upgraded is not None
         self.connection_made(upgraded)
@@ -749,18 +586,6 @@ def _capabilities(found: Iterable[Value]) -> frozenset[str]:
     )
 
 
-def _context(server: Server) -> ssl.SSLContext:
-    """Certificates are always checked, the host's name included.
-
-    Raises:
-        Permanent: the file of trusted certificates cannot be used.
-    """
-    try:
-        return ssl.create_default_context(cafile=server.ca_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise Permanent(f"{server.ca_file}: {error}") from None
-
-
 class _Ends(Protocol):
     def abort(self) -> None: ...
 
@@ -780,95 +605,3 @@ def ending(what: _Ends, *, unless: tuple[type[BaseException], ...] = ()) -> Iter
     except BaseException:
         what.abort()
         raise
-
-
-async def connect(
-    server: Server,
-    secret: str,
-    settings: configuration.MailImport,
-    private_networks: Networks,
-    *,
-    utf8: bool = False,
-) -> Connection:
-    """A connection that is encrypted as asked, and logged in.
-
-    Args:
-        secret: see `MECHANISMS`.
-        utf8: take messages with UTF-8 in their headers as they are (RFC 6855): other clients may be given a
-            copy that was made plain. To give messages a server needs no such thing.
-
-    Raises:
-        Permanent: no such host, one that may not be reached, no TLS, a certificate that cannot be trusted, or
-            a log-in or an access token that is refused.
-        Temporary: the server does not answer, or does not want us now.
-    """
-    if server.security == "none" and not settings.plain:
-        raise Permanent("A server may be asked without TLS only where mail_import.plain is set.")
-    if server.mechanism == "oauth2":
-        secret = await tokens.obtain(
-            tokens.parse(secret),
-            server.user,
-            context=_context(server),
-            timeout_s=settings.connect_timeout_s,
-            private_networks=private_networks,
-        )
-    first: RemoteError | None = None
-    for host in names(server.host):
-        try:
-            made, far = await _reached(replace(server, host=host), settings, private_networks)
-        except Untrusted:
-            raise
-        except (Permanent, Temporary) as error:  # the next name, if there is one
-            first = first or error
-            continue
-        with ending(made):
-            await made.log_in(secret, utf8=utf8, compress=far)
-        return made
-    assert first is not None
-    raise first
-
-
-def names(host: str) -> tuple[str, ...]:
-    """Hosts to try where a person may have typed a domain: that host first, then imap. and mail. of it."""
-    if parse(host) is not None or "." not in host or host.lower().startswith(("imap.", "mail.")):
-        return (host,)
-    return host, f"imap.{host}", f"mail.{host}"
-
-
-class Untrusted(Permanent):
-    """The certificate is not the server's, or nobody we trust says so."""
-
-
-async def _reached(
-    server: Server, settings: configuration.MailImport, private_networks: Networks
-) -> tuple[Connection, bool]:
-    """A connection that is greeted, and whether it is far away."""
-    loop = asyncio.get_running_loop()
-    context = _context(server) if server.security == "tls" else None
-    last: RemoteError | None = None
-    for address in await outbound.addresses(server.host, server.port, private_networks):
-        made = Connection(server, settings)
-        began = loop.time()
-        try:
-            with ending(made):
-                async with asyncio.timeout(settings.connect_timeout_s):
-                    await loop.create_connection(
-                        lambda made=made: made,
-                        address,
-                        server.port,
-                        ssl=context,
-                        server_hostname=server.host if context else None,
-                    )
-                    answered_s = loop.time() - began
-                    await made.greet()
-        except ssl.SSLCertVerificationError as error:
-            raise Untrusted(f"{server.host} cannot be trusted: {error.verify_message}") from None
-        except TimeoutError:
-            last = Temporary(f"{server.host} does not answer within {settings.connect_timeout_s:.0f} s")
-        except (OSError, ssl.SSLError) as error:
-            last = Temporary(f"{server.host}: {error.strerror or error}")
-        else:
-            # On this machine compression costs more than it saves.
-            return made, answered_s > _FAR_S and not is_loopback(address)
-    assert last is not None
-    raise last

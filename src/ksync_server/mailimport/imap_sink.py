@@ -15,15 +15,9 @@ from datetime import datetime
 from pathlib import Path
 
 from ksync_server.errors import BadRequest, Temporary
-from ksync_server.mailimport.connection import (
-    Connection,
-    Listener,
-    Refused,
-    Whole,
-    is_of_a_message,
-    is_temporary,
-    said,
-)
+from ksync_server.mailimport.connection import Connection
+from ksync_server.mailimport.listening import Listener, Whole
+from ksync_server.mailimport.servers import Refused, is_of_a_message, is_temporary, said
 from ksync_server.mailimport.sinks import (
     Full,
     Held,

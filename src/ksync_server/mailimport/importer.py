@@ -22,11 +22,12 @@ from ksync_server.errors import RemoteError, Temporary
 from ksync_server.jobs import Left
 from ksync_server.mailimport import plan as plans
 from ksync_server.mailimport import records
-from ksync_server.mailimport.connection import Refused, ending
+from ksync_server.mailimport.connection import ending
 from ksync_server.mailimport.ledger import Ledger
 from ksync_server.mailimport.plan import Folder, Map, Options
 from ksync_server.mailimport.reading import Batch, Failed, Reader, Suspects, Window
 from ksync_server.mailimport.records import COPIED, LINKED, REFUSED, Copy, TargetFolder
+from ksync_server.mailimport.servers import Refused
 from ksync_server.mailimport.sinks import Message, Parcel, Placed, Seen, Sink, Unmade
 from ksync_server.mailimport.source import Source
 from ksync_server.mailimport.targets import Recognised, Target

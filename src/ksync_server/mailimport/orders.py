@@ -19,8 +19,9 @@ from ksync_server.auth.keys import Keys
 from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.errors import BadRequest, Permanent
 from ksync_server.mailimport import passes, plan, records, tokens
-from ksync_server.mailimport.connection import MECHANISMS, SECURITIES, Server, connect
+from ksync_server.mailimport.connecting import connect
 from ksync_server.mailimport.plan import Map, Options
+from ksync_server.mailimport.servers import MECHANISMS, SECURITIES, Server
 from ksync_server.mailimport.source import Source
 from ksync_server.networks import Networks
 from ksync_server.settings import MAIL_ADDRESS

@@ -31,13 +31,15 @@ from ksync_server.errors import BadRequest, NotFound, Permanent, RemoteError
 from ksync_server.jobs import Cancelled, Job, Yielded
 from ksync_server.mail import dovecot
 from ksync_server.mailimport import letters, records
-from ksync_server.mailimport.connection import Server, connect, ending
+from ksync_server.mailimport.connecting import connect
+from ksync_server.mailimport.connection import ending
 from ksync_server.mailimport.imap_sink import ImapSink
 from ksync_server.mailimport.importer import Importer
 from ksync_server.mailimport.ledger import Counters, Ledger
 from ksync_server.mailimport.maildir_sink import MaildirSink
 from ksync_server.mailimport.plan import Folder, Map, Options, is_sane
 from ksync_server.mailimport.reading import DayIsOver
+from ksync_server.mailimport.servers import Server
 from ksync_server.mailimport.sinks import Sink
 from ksync_server.mailimport.source import Source
 from ksync_server.networks import Networks

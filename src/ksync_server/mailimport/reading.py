@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ksync_server import settings as configuration
 from ksync_server.errors import RemoteError, Temporary
-from ksync_server.mailimport.connection import Refused, is_of_a_message, said
 from ksync_server.mailimport.ledger import Ledger
+from ksync_server.mailimport.servers import Refused, is_of_a_message, said
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.mailimport.source import Answer, Bodies, Poisoned, Source
 from ksync_server.wire.imap import Status

@@ -15,8 +15,10 @@ from typing import IO, NamedTuple
 
 from ksync_server import settings as configuration
 from ksync_server.errors import BadRequest, KsyncError, Permanent, Temporary
-from ksync_server.mailimport.connection import Connection, Listener, Refused, Whole, is_temporary
+from ksync_server.mailimport.connection import Connection
+from ksync_server.mailimport.listening import Listener, Whole
 from ksync_server.mailimport.plan import Folder, label
+from ksync_server.mailimport.servers import Refused, is_temporary
 from ksync_server.mailimport.sinks import Message, Parcel
 from ksync_server.wire import imap
 from ksync_server.wire.imap import Data, Fetched, Status

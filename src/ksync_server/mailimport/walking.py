@@ -16,11 +16,11 @@ from pathlib import Path
 from ksync_server.errors import Temporary
 from ksync_server.mailimport import plan as plans
 from ksync_server.mailimport import records
-from ksync_server.mailimport.connection import Refused, is_temporary, said
 from ksync_server.mailimport.ledger import Ledger
 from ksync_server.mailimport.plan import Folder, Map, Options
 from ksync_server.mailimport.reading import Batch, Failed, Reader
 from ksync_server.mailimport.records import Copy, SourceFolder
+from ksync_server.mailimport.servers import Refused, is_temporary, said
 from ksync_server.mailimport.sinks import Message
 from ksync_server.mailimport.source import Source
 
