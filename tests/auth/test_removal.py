@@ -345,9 +345,12 @@ def test_wherever_it_is_cut_the_next_run_ends_it(house: House, monkeypatch: pyte
     database = house.services.database
     real: Callable[..., Any] = database.write
     cuts, left = 0, 0
+    eraser = threading.current_thread()
 
     def write(fn: Callable[[Write], Any]) -> Any:
         nonlocal left
+        if threading.current_thread() is not eraser:  # counts of log-ins may be written meanwhile
+            return real(fn)
         if left == 0:
             raise Killed
         left -= 1
