@@ -2,6 +2,7 @@
 
 Its own servers, on both databases: Debian's dovecot-imapd, dovecot-auth-lua, lua-socket and isync. What differs
 from the shipped files stands in `OVERLAY`: ports, folders, log, and the users where this runs without root.
+KSYNC_DOVECOT_TREE names a tree with another Dovecot, as dovecot_tree.sh unpacks it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from conformance import mbsync
+from conformance import dovecot, mbsync
 from conformance.certificates import Authority
 from conformance.servers import Demo, demo, postgresql
 from ksync_server.auth import passwords
@@ -47,11 +48,12 @@ LOG_IN_BAR_S = 0.150  # p95 of a log-in that nothing remembers
 DELAY_S = 2.0  # auth_failure_delay of the shipped configuration
 
 OVERLAY = """\
+{first}
 !include {shipped}
 base_dir = {folder}/run
 state_dir = {folder}/state
 log_path = {folder}/dovecot.log
-auth_debug = yes
+{debugging}
 auth_verbose = yes
 listen = 127.0.0.1
 service imap-login {{
@@ -72,7 +74,8 @@ service anvil {{
   chroot =
 }}
 """
-PROGRAMS = ("dovecot", "doveadm", "mbsync")
+FIRST = {"2.3": "", "2.4": "dovecot_config_version = 2.4.0"}  # before anything is included
+DEBUGGING = {"2.3": "auth_debug = yes", "2.4": "log_debug = category=auth"}
 
 
 def free_ports() -> tuple[int, int]:
@@ -174,10 +177,7 @@ class _Plain(imaplib.IMAP4):
 @contextlib.contextmanager
 def serving(database: str) -> Iterator[Mail]:
     """Our server, then Dovecot on what `mail dovecot-config` wrote."""
-    for program in PROGRAMS:
-        assert shutil.which(program), (
-            f"no {program}: apt install dovecot-imapd dovecot-auth-lua lua-socket isync"
-        )
+    assert shutil.which("mbsync"), "no mbsync: apt install isync"
     root = os.geteuid() == 0
     with contextlib.ExitStack() as stack:
         # Short, for the sockets, and open to the owner of the mail.
@@ -195,8 +195,10 @@ def serving(database: str) -> Iterator[Mail]:
         running = stack.enter_context(demo(folder / "data", settings=settings))
         context = ssl.create_default_context(cafile=str(authority.file))
         mail = Mail(running, settings, folder, *free_ports(), context, authority.file)
-        files = ("--certificate", str(pair.certificate), "--key", str(pair.key))
-        mail.command("mail", "dovecot-config", "--out", str(folder / "shipped"), *files)
+        words = ["--certificate", str(pair.certificate), "--key", str(pair.key)]
+        words += ["--dovecot", dovecot.version()] if dovecot.TREE else []
+        written = mail.command("mail", "dovecot-config", "--out", str(folder / "shipped"), *words)
+        assert written["dovecot"] == dovecot.version()
         stack.enter_context(_dovecot(mail, root))
         yield mail
 
@@ -205,8 +207,10 @@ def serving(database: str) -> Iterator[Mail]:
 def _dovecot(mail: Mail, root: bool) -> Iterator[None]:
     folder, configuration = mail.folder, mail.folder / "overlay.conf"
     text = OVERLAY.format(
+        first=FIRST[dovecot.version()],
         shipped=folder / "shipped" / "dovecot.conf",
         folder=folder,
+        debugging=DEBUGGING[dovecot.version()],
         unjailed="" if root else "chroot =",
         plain=mail.plain,
         tls=mail.tls,
@@ -218,7 +222,7 @@ def _dovecot(mail: Mail, root: bool) -> Iterator[None]:
     configuration.write_text(text)
     with (folder / "dovecot.out").open("wb") as output:
         process = subprocess.Popen(
-            ["dovecot", "-F", "-c", str(configuration)],
+            dovecot.line("dovecot", "-F", "-c", str(configuration)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -228,7 +232,8 @@ def _dovecot(mail: Mail, root: bool) -> Iterator[None]:
             lambda: (process.poll() is not None) or _listens(mail.tls),
             "Dovecot does not listen",
         )
-        assert process.poll() is None, (folder / "dovecot.out").read_text() + mail.dovecot_log
+        written = [folder / "dovecot.out", *folder.glob("dovecot.log")]
+        assert process.poll() is None, "".join(each.read_text(errors="replace") for each in written)
         yield
     finally:
         process.terminate()
@@ -579,7 +584,7 @@ def test_a_full_mailbox_says_so_and_a_larger_quota_lets_go_on(mail: Mail) -> Non
 
 
 def test_dovecots_own_programs_find_mailboxes_and_no_others(mail: Mail) -> None:
-    ask = ["doveadm", "-c", str(mail.folder / "overlay.conf"), "user", "-f", "home"]
+    ask = dovecot.line("doveadm", "-c", str(mail.folder / "overlay.conf"), "user", "-f", "home")
     found = subprocess.run([*ask, ALICE], capture_output=True, text=True, check=True).stdout.strip()
     assert Path(found) == mail.maildir(ALICE).parent
     assert subprocess.run([*ask, "nobody@example.org"], capture_output=True, check=False).returncode != 0
