@@ -185,11 +185,16 @@ def version() -> str:
     Raises:
         RuntimeError: there is no Dovecot, or one of another version.
     """
-    place = TREE or "this system (apt install dovecot-imapd dovecot-auth-lua lua-socket)"
+    place = TREE or "this system"
+    install = (
+        "conformance/dovecot_tree.sh" if TREE else "apt install dovecot-imapd dovecot-auth-lua lua-socket"
+    )
+    if not Path(f"{TREE}{_PROGRAMS['dovecot']}").exists():
+        raise RuntimeError(f"no Dovecot in {place}: {install}")
     try:
         said = subprocess.run(line("dovecot", "--version"), capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"no Dovecot in {place}: {error} {getattr(error, 'stderr', '')}") from None
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"the Dovecot in {place} does not start: {error.stderr}") from None
     for known in _CONFIG:
         if said.startswith(f"{known}."):
             return known

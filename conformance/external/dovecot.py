@@ -7,6 +7,7 @@ KSYNC_DOVECOT_TREE names a tree with another Dovecot, as dovecot_tree.sh unpacks
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import getpass
@@ -36,10 +37,12 @@ from click.testing import CliRunner
 
 from conformance import dovecot, mbsync
 from conformance.certificates import Authority
+from conformance.imap_server import syntax
 from conformance.servers import Demo, demo, postgresql
 from ksync_server.auth import passwords
 from ksync_server.auth.rules import Secret
 from ksync_server.cli import main
+from ksync_server.mailimport.maildir_sink import MaildirSink
 
 PATIENCE_S = 60
 HOST = "mail.example.org"
@@ -418,7 +421,9 @@ def test_guesses_are_counted_by_the_clients_address_and_owners_get_in_meanwhile(
     told.append(mail.refusal(SHARED, "guess number 5", guesser))
     assert "AUTHENTICATIONFAILED" in told[0]
     assert "UNAVAILABLE" in told[-1], told  # blocked: a program is to come back, not to ask for a password
+    began = time.monotonic()
     mail.log_in(SHARED, secret, guesser).logout()
+    assert time.monotonic() - began < DELAY_S, "Dovecot's own penalty delays an address by up to 15 s"
     assert "AUTHENTICATIONFAILED" in mail.refusal(SHARED, "a guess from elsewhere", "127.0.0.67")
     lines = [line for line in mail.server.log.read_text().splitlines() if "log-in refused" in line]
     ours = [line for line in lines if f"address={guesser}" in line]
@@ -537,6 +542,46 @@ def test_folders_below_folders_with_dots_and_other_letters(mail: Mail, device: s
     client.logout()
     on_disk = {path.name for path in mail.maildir(ALICE).iterdir() if path.name.startswith(".")}
     assert {".Projects.example\\2eorg", ".Projects.Caf&AOk-.2026", ".A &- B"} <= on_disk
+
+
+def test_folders_that_an_import_wrote_are_listed_under_their_names(mail: Mail) -> None:
+    address = "moved@example.org"
+    mail.new_mailbox(address)
+    names = [
+        "a.b/c.d",
+        ".x",
+        "x/~y",
+        "~z",
+        "back\\slash",
+        "\\2e",
+        "A & B",
+        "Café/日本語",
+        "🚆",
+        "50%",
+        "INBOX/sub",
+    ]
+    owner = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    sink = MaildirSink(mail.maildir(address), escaped=True, owner=(owner.pw_uid, owner.pw_gid))
+    for name in names:
+        asyncio.run(sink.ensure(name))
+    _own(mail.maildir(address).parent)
+    client = mail.log_in(address, mail.device(address)[1])
+    for found in (client.list(), client.lsub()):
+        assert set(names) <= {_listed(row) for row in found[1]}
+    wire = syntax.to_utf7(names[0]).decode()
+    assert client.append(f'"{wire}"', "", "", LETTERS["0"])[0] == "OK"
+    assert len(list((mail.maildir(address) / ".a\\2eb.c\\2ed").glob("*/*,S=*"))) == 1
+    client.logout()
+
+
+def _listed(row: bytes | tuple[bytes, bytes]) -> str:
+    """The name in an answer to LIST, where it may be quoted or a literal."""
+    if isinstance(row, tuple):
+        return syntax.from_utf7(row[1])
+    name = row.partition(b' "/" ')[2]
+    if name.startswith(b'"'):
+        name = re.sub(rb"\\(.)", rb"\1", name[1:-1])
+    return syntax.from_utf7(name)
 
 
 def test_mbsync_copies_it_all(mail: Mail, device: str, tmp_path: Path) -> None:
