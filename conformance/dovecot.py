@@ -157,8 +157,8 @@ _ENTER = """
 set -e
 tree=$1 temporary=$2
 shift 2
-mkdir -p "$tree$temporary"
 for each in /dev /proc "$temporary" /etc/passwd /etc/group; do
+    [ -e "$tree$each" ] || mkdir -p "$tree$each"
     mount --rbind "$each" "$tree$each"
 done
 exec chroot "$tree" "$@"

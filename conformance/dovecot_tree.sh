@@ -43,6 +43,7 @@ for name in bin sbin lib lib64; do # what another package would link
     fi
 done
 mkdir -p "$work/tree/dev" "$work/tree/proc" "$work/tree/tmp"
+chmod 1777 "$work/tree/tmp"
 touch "$work/tree/etc/passwd" "$work/tree/etc/group" # this system's are mounted over them
 [ -x "$work/tree/usr/sbin/dovecot" ] || { echo "Debian 13 gave no Dovecot" >&2 && exit 1; }
 rm -rf "$folder"
