@@ -50,7 +50,9 @@ PARTS = {
     "deploy": FOLDER / "external" / "deploy.py",
     "jobs": FOLDER / "jobs.py",
     "dovecot": FOLDER / "external" / "dovecot.py",  # starts servers of its own
+    "dovecot24": FOLDER / "external" / "dovecot.py",  # the same with the Dovecot of Debian 13
     "mail_import": FOLDER / "mail_import.py",
+    "import24": FOLDER / "mail_import.py",
     "fire": FOLDER / "fire" / "__main__.py",  # starts and kills servers of its own
     "fire-s3": FOLDER / "fire" / "__main__.py",
 }
@@ -65,7 +67,9 @@ FIRE = {
 }
 ON_S3 = {"sqlite": "kills", "postgresql": "store"}  # one of the two on each: half the time
 # Do not look at the target: once is enough.
-ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot", "mail_import"}
+ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot", "dovecot24", "mail_import", "import24"}
+# With what dovecot_tree.sh unpacked, and which checks.
+IN_TREE = {"dovecot24": "", "import24": "between_two_dovecots or read_by_dovecot"}
 PART_TIMEOUT_S = 600
 
 
@@ -203,6 +207,10 @@ def run_part(server: str, part: str, target: Target, ready: Path | None, express
     environment = {**os.environ, **target.environment(), "PYTHONPATH": str(REPOSITORY)}
     if ready:
         environment["KSYNC_READY"] = str(ready)
+    if part in IN_TREE:
+        tree = environment.get("KSYNC_DOVECOT_TREE") or str(REPOSITORY / ".dovecot-2.4")
+        environment["KSYNC_DOVECOT_TREE"] = tree
+        expression = " and ".join(f"({each})" for each in (IN_TREE[part], expression) if each) or None
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ksync-part-", ignore_cleanup_errors=True) as folder:
         report = Path(folder) / "report.xml"

@@ -1,8 +1,9 @@
-"""Starts Debian's Dovecot with a Maildir for every user name and one password for all, as source and destination."""
+"""Starts Debian's Dovecot, the system's or one in a tree, with a Maildir for every user name and one password for all, as source and destination."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import grp
 import os
@@ -10,6 +11,7 @@ import pwd
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from pathlib import Path
 
 PASSWORD = "s3cret-pass"
 
-_CONFIG = """
+_CONFIG = {
+    "2.3": """
 base_dir = {folder}/run
 state_dir = {folder}/state
 log_path = {folder}/log
@@ -42,9 +45,6 @@ namespace inbox {{
 }}
 protocol imap {{
   mail_plugins = quota imap_quota
-}}
-plugin {{
-  quota = {quota}
 }}
 passdb {{
   driver = static
@@ -76,7 +76,132 @@ service imap {{
 service stats {{
   chroot =
 }}
+""",
+    "2.4": """
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+base_dir = {folder}/run
+state_dir = {folder}/state
+log_path = {folder}/log
+protocols = imap
+listen = 127.0.0.1
+ssl = {ssl}
+{certificate}
+auth_allow_cleartext = yes
+auth_mechanisms = plain login
+mail_driver = maildir
+mail_path = {folder}/mail/%{{user}}
+mail_fsync = {fsync}
+mail_max_userip_connections = 200
+default_internal_user = {user}
+default_login_user = {login_user}
+default_internal_group = {group}
+first_valid_uid = 0
+mail_plugins {{
+  quota = yes
+}}
+namespace inbox {{
+  inbox = yes
+  separator = {separator}
+  prefix = {prefix}
+}}
+protocol imap {{
+  mail_plugins {{
+    imap_quota = yes
+  }}
+}}
+passdb static {{
+  password = {password}
+}}
+userdb static {{
+  fields {{
+    uid = {uid}
+    gid = {gid}
+    home = {folder}/mail/%{{user}}
+  }}
+}}
+service imap-login {{
+  chroot =
+  process_min_avail = 1
+  restart_request_count = unlimited
+  inet_listener imap {{
+    port = {port}
+  }}
+  inet_listener imaps {{
+    port = {tls_port}
+  }}
+}}
+service anvil {{
+  chroot =
+}}
+service imap {{
+  process_limit = 400
+  restart_request_count = 1000
+  process_min_avail = {idle}
+}}
+service stats {{
+  chroot =
+}}
+""",
+}
+_CERTIFICATE = {
+    "2.3": "ssl_cert = <{}\nssl_key = <{}",
+    "2.4": "ssl_server_cert_file = {}\nssl_server_key_file = {}",
+}
+
+# -- where its programs are --------------------------------------------------------------------------
+
+TREE = os.environ.get("KSYNC_DOVECOT_TREE", "")  # what dovecot_tree.sh unpacked; "" = the system's
+_PROGRAMS = {"dovecot": "/usr/sbin/dovecot", "doveadm": "/usr/bin/doveadm"}
+_ENTER = """
+set -e
+tree=$1 temporary=$2
+shift 2
+for each in /dev /proc "$temporary" /etc/passwd /etc/group; do
+    [ -e "$tree$each" ] || mkdir -p "$tree$each"
+    mount --rbind "$each" "$tree$each"
+done
+exec chroot "$tree" "$@"
 """
+
+
+def line(program: str, *words: str) -> list[str]:
+    """The command line of a program of Dovecot: the system's, or that of `TREE`.
+
+    There it sees this machine's users and temporary files, in mounts of its own that end with it.
+    """
+    path = _PROGRAMS[program]
+    if not TREE:
+        return [path, *words]
+    # Without root: one's own user in a namespace where mounting is allowed.
+    alone = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps", "--mount"]
+    return ["unshare", *alone, "sh", "-c", _ENTER, "sh", TREE, tempfile.gettempdir(), path, *words]
+
+
+@functools.cache
+def version() -> str:
+    """2.3 or 2.4: which configuration is understood.
+
+    Raises:
+        RuntimeError: there is no Dovecot, or one of another version.
+    """
+    place = TREE or "this system"
+    install = (
+        "conformance/dovecot_tree.sh" if TREE else "apt install dovecot-imapd dovecot-auth-lua lua-socket"
+    )
+    if not Path(f"{TREE}{_PROGRAMS['dovecot']}").exists():
+        raise RuntimeError(f"no Dovecot in {place}: {install}")
+    try:
+        said = subprocess.run(line("dovecot", "--version"), capture_output=True, text=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"the Dovecot in {place} does not start: {error.stderr}") from None
+    for known in _CONFIG:
+        if said.startswith(f"{known}."):
+            return known
+    raise RuntimeError(f"the Dovecot in {place} is of version {said}")
+
+
+# -- servers ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +255,6 @@ def serving(
     *,
     separator: str = "/",
     prefix: str = "",
-    quota: str = "",
     fsync: str = "never",
     certificate: tuple[Path, Path] | None = None,
     idle: int = 0,
@@ -138,7 +262,6 @@ def serving(
     """A Dovecot of its own in a folder; ended with all its processes.
 
     Args:
-        quota: as its setting `quota`, such as `maildir:User quota` with a rule; "" = none.
         certificate: (certificate, key) in PEM; None = no TLS.
         idle: processes that wait for a log-in, so that none is started in a measurement.
     """
@@ -159,10 +282,9 @@ def serving(
         "port": port,
         "tls_port": tls_port if certificate else 0,
         "ssl": "yes" if certificate else "no",
-        "certificate": f"ssl_cert = <{certificate[0]}\nssl_key = <{certificate[1]}" if certificate else "",
+        "certificate": _CERTIFICATE[version()].format(*certificate) if certificate else "",
         "separator": separator,
         "prefix": prefix,
-        "quota": quota,
         "fsync": fsync,
         "user": user,
         "login_user": login_user,
@@ -173,9 +295,9 @@ def serving(
         "idle": idle,
     }
     config = folder / "dovecot.conf"
-    config.write_text(_CONFIG.format(**values))
+    config.write_text(_CONFIG[version()].format(**values))
     process = subprocess.Popen(
-        ["/usr/sbin/dovecot", "-F", "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        line("dovecot", "-F", "-c", str(config)), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
     try:
         until = time.monotonic() + 20

@@ -2,10 +2,12 @@
 
 Its own servers, on both databases: Debian's dovecot-imapd, dovecot-auth-lua, lua-socket and isync. What differs
 from the shipped files stands in `OVERLAY`: ports, folders, log, and the users where this runs without root.
+KSYNC_DOVECOT_TREE names a tree with another Dovecot, as dovecot_tree.sh unpacks it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import getpass
@@ -33,12 +35,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from conformance import mbsync
+from conformance import dovecot, mbsync
 from conformance.certificates import Authority
+from conformance.imap_server import syntax
 from conformance.servers import Demo, demo, postgresql
 from ksync_server.auth import passwords
 from ksync_server.auth.rules import Secret
 from ksync_server.cli import main
+from ksync_server.mailimport.maildir_sink import MaildirSink
 
 PATIENCE_S = 60
 HOST = "mail.example.org"
@@ -47,11 +51,12 @@ LOG_IN_BAR_S = 0.150  # p95 of a log-in that nothing remembers
 DELAY_S = 2.0  # auth_failure_delay of the shipped configuration
 
 OVERLAY = """\
+{first}
 !include {shipped}
 base_dir = {folder}/run
 state_dir = {folder}/state
 log_path = {folder}/dovecot.log
-auth_debug = yes
+{debugging}
 auth_verbose = yes
 listen = 127.0.0.1
 service imap-login {{
@@ -72,7 +77,8 @@ service anvil {{
   chroot =
 }}
 """
-PROGRAMS = ("dovecot", "doveadm", "mbsync")
+FIRST = {"2.3": "", "2.4": "dovecot_config_version = 2.4.0"}  # before anything is included
+DEBUGGING = {"2.3": "auth_debug = yes", "2.4": "log_debug = category=auth"}
 
 
 def free_ports() -> tuple[int, int]:
@@ -174,10 +180,7 @@ class _Plain(imaplib.IMAP4):
 @contextlib.contextmanager
 def serving(database: str) -> Iterator[Mail]:
     """Our server, then Dovecot on what `mail dovecot-config` wrote."""
-    for program in PROGRAMS:
-        assert shutil.which(program), (
-            f"no {program}: apt install dovecot-imapd dovecot-auth-lua lua-socket isync"
-        )
+    assert shutil.which("mbsync"), "no mbsync: apt install isync"
     root = os.geteuid() == 0
     with contextlib.ExitStack() as stack:
         # Short, for the sockets, and open to the owner of the mail.
@@ -195,8 +198,10 @@ def serving(database: str) -> Iterator[Mail]:
         running = stack.enter_context(demo(folder / "data", settings=settings))
         context = ssl.create_default_context(cafile=str(authority.file))
         mail = Mail(running, settings, folder, *free_ports(), context, authority.file)
-        files = ("--certificate", str(pair.certificate), "--key", str(pair.key))
-        mail.command("mail", "dovecot-config", "--out", str(folder / "shipped"), *files)
+        words = ["--certificate", str(pair.certificate), "--key", str(pair.key)]
+        words += ["--dovecot", dovecot.version()] if dovecot.TREE else []
+        written = mail.command("mail", "dovecot-config", "--out", str(folder / "shipped"), *words)
+        assert written["dovecot"] == dovecot.version()
         stack.enter_context(_dovecot(mail, root))
         yield mail
 
@@ -205,8 +210,10 @@ def serving(database: str) -> Iterator[Mail]:
 def _dovecot(mail: Mail, root: bool) -> Iterator[None]:
     folder, configuration = mail.folder, mail.folder / "overlay.conf"
     text = OVERLAY.format(
+        first=FIRST[dovecot.version()],
         shipped=folder / "shipped" / "dovecot.conf",
         folder=folder,
+        debugging=DEBUGGING[dovecot.version()],
         unjailed="" if root else "chroot =",
         plain=mail.plain,
         tls=mail.tls,
@@ -218,7 +225,7 @@ def _dovecot(mail: Mail, root: bool) -> Iterator[None]:
     configuration.write_text(text)
     with (folder / "dovecot.out").open("wb") as output:
         process = subprocess.Popen(
-            ["dovecot", "-F", "-c", str(configuration)],
+            dovecot.line("dovecot", "-F", "-c", str(configuration)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -228,7 +235,8 @@ def _dovecot(mail: Mail, root: bool) -> Iterator[None]:
             lambda: (process.poll() is not None) or _listens(mail.tls),
             "Dovecot does not listen",
         )
-        assert process.poll() is None, (folder / "dovecot.out").read_text() + mail.dovecot_log
+        written = [folder / "dovecot.out", *folder.glob("dovecot.log")]
+        assert process.poll() is None, "".join(each.read_text(errors="replace") for each in written)
         yield
     finally:
         process.terminate()
@@ -413,7 +421,9 @@ def test_guesses_are_counted_by_the_clients_address_and_owners_get_in_meanwhile(
     told.append(mail.refusal(SHARED, "guess number 5", guesser))
     assert "AUTHENTICATIONFAILED" in told[0]
     assert "UNAVAILABLE" in told[-1], told  # blocked: a program is to come back, not to ask for a password
+    began = time.monotonic()
     mail.log_in(SHARED, secret, guesser).logout()
+    assert time.monotonic() - began < DELAY_S, "Dovecot's own penalty delays an address by up to 15 s"
     assert "AUTHENTICATIONFAILED" in mail.refusal(SHARED, "a guess from elsewhere", "127.0.0.67")
     lines = [line for line in mail.server.log.read_text().splitlines() if "log-in refused" in line]
     ours = [line for line in lines if f"address={guesser}" in line]
@@ -534,6 +544,46 @@ def test_folders_below_folders_with_dots_and_other_letters(mail: Mail, device: s
     assert {".Projects.example\\2eorg", ".Projects.Caf&AOk-.2026", ".A &- B"} <= on_disk
 
 
+def test_folders_that_an_import_wrote_are_listed_under_their_names(mail: Mail) -> None:
+    address = "moved@example.org"
+    mail.new_mailbox(address)
+    names = [
+        "a.b/c.d",
+        ".x",
+        "x/~y",
+        "~z",
+        "back\\slash",
+        "\\2e",
+        "A & B",
+        "Café/日本語",
+        "🚆",
+        "50%",
+        "INBOX/sub",
+    ]
+    owner = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    sink = MaildirSink(mail.maildir(address), escaped=True, owner=(owner.pw_uid, owner.pw_gid))
+    for name in names:
+        asyncio.run(sink.ensure(name))
+    _own(mail.maildir(address).parent)
+    client = mail.log_in(address, mail.device(address)[1])
+    for found in (client.list(), client.lsub()):
+        assert set(names) <= {_listed(row) for row in found[1]}
+    wire = syntax.to_utf7(names[0]).decode()
+    assert client.append(f'"{wire}"', "", "", LETTERS["0"])[0] == "OK"
+    assert len(list((mail.maildir(address) / ".a\\2eb.c\\2ed").glob("*/*,S=*"))) == 1
+    client.logout()
+
+
+def _listed(row: bytes | tuple[bytes, bytes]) -> str:
+    """The name in an answer to LIST, where it may be quoted or a literal."""
+    if isinstance(row, tuple):
+        return syntax.from_utf7(row[1])
+    name = row.partition(b' "/" ')[2]
+    if name.startswith(b'"'):
+        name = re.sub(rb"\\(.)", rb"\1", name[1:-1])
+    return syntax.from_utf7(name)
+
+
 def test_mbsync_copies_it_all(mail: Mail, device: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(device)
@@ -579,7 +629,7 @@ def test_a_full_mailbox_says_so_and_a_larger_quota_lets_go_on(mail: Mail) -> Non
 
 
 def test_dovecots_own_programs_find_mailboxes_and_no_others(mail: Mail) -> None:
-    ask = ["doveadm", "-c", str(mail.folder / "overlay.conf"), "user", "-f", "home"]
+    ask = dovecot.line("doveadm", "-c", str(mail.folder / "overlay.conf"), "user", "-f", "home")
     found = subprocess.run([*ask, ALICE], capture_output=True, text=True, check=True).stdout.strip()
     assert Path(found) == mail.maildir(ALICE).parent
     assert subprocess.run([*ask, "nobody@example.org"], capture_output=True, check=False).returncode != 0

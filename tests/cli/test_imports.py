@@ -296,7 +296,7 @@ def test_addresses_that_the_offer_does_not_have_are_refused_before_any_log_in(
 
 @pytest.mark.parametrize(
     ("name", "on_disk"),
-    [  # as Dovecot 2.3 with listescape, which the shipped configuration has, writes them itself
+    [  # as Dovecot writes them itself with the shipped configurations
         ("a.b/c.d", ".a\\2eb.c\\2ed"),
         ("q.r/s", ".q\\2er.s"),
         ("\\z", ".\\5cz"),

@@ -9,6 +9,7 @@ import pytest
 
 from ksync_server.auth.gate import Credentials, Gate, Service
 from ksync_server.errors import NotAuthenticated
+from ksync_server.mail import dovecot
 from tests.cli.test_accounts import PEER, Shell, gate, shell
 
 __all__ = ["gate", "shell"]  # fixtures
@@ -134,11 +135,13 @@ def test_a_login_address_that_is_deleted_is_replaced(shell: Shell) -> None:
     assert row["login_email"].endswith("@login.invalid")
 
 
-def test_the_configuration_of_dovecot_is_written_without_a_secret(shell: Shell, tmp_path: Path) -> None:
+def test_the_configuration_of_dovecot_is_written_without_a_secret(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mail.pem").touch()
     (tmp_path / "mail.key").touch()
     pair = ["--certificate", str(tmp_path / "mail.pem"), "--key", str(tmp_path / "mail.key")]
-    out = ["mail", "dovecot-config", "--out", str(tmp_path / "out")]
+    out = ["mail", "dovecot-config", "--out", str(tmp_path / "out"), "--dovecot", "2.3"]
     assert "dovecot_socket is not set" in shell.refusal(*out)
     owner = "nobody" if getpass.getuser() == "root" else ""
     text = shell.config.read_text() + f'[mail]\ndovecot_socket = "ask"\nowner = "{owner}"\n'
@@ -151,3 +154,9 @@ def test_the_configuration_of_dovecot_is_written_without_a_secret(shell: Shell, 
     assert f'"{tmp_path / "ask"}"' in texts[1], "relative paths count from the configuration's folder"
     assert "pepper" not in "".join(texts)
     assert all(Path(each).stat().st_mode & 0o777 == 0o644 for each in written)
+    assert "\ndovecot_config_version" not in texts[0]
+    monkeypatch.setattr(dovecot, "installed_version", lambda: "2.4")
+    asked = shell.run(*out[:-2], *pair).stdout
+    assert asked.startswith("Written for Dovecot 2.4: ")
+    assert "\ndovecot_config_version" in Path(written[0]).read_text()
+    assert "Invalid value" in shell.refusal(*out[:-1], "2.2", *pair, code=2)

@@ -74,9 +74,11 @@ def test_a_device_is_told_where_its_mailbox_is(door: Door) -> None:
         "uid": str(OWNER.pw_uid),
         "gid": str(OWNER.pw_gid),
         "quota_rule": "*:bytes=5000000",
+        "quota_storage_size": "5000000B",
     }
     door.write(lambda tx: mailboxes.set_quota(tx, box, None))
-    assert asked(bridge(door), "find", ADDRESS)[1]["quota_rule"] == "*:storage=0", "no limit"
+    without = asked(bridge(door), "find", ADDRESS)[1]
+    assert (without["quota_rule"], without["quota_storage_size"]) == ("*:storage=0", "unlimited")
     assert mailboxes.maildir_of(Path("/srv/mail"), box.folder) == Path(found["home"]) / "Maildir"
 
 
@@ -267,19 +269,44 @@ def configured(folder: Path, **mail: object) -> settings.Settings:
     )
 
 
-def test_the_configuration_holds_what_it_must(tmp_path: Path) -> None:
-    texts = dovecot.configuration_files(configured(tmp_path), Path("/etc/dovecot/ksync"))
-    assert set(texts) == {"dovecot.conf", "dovecot.lua"}
-    lines = {line.strip() for line in texts["dovecot.conf"].splitlines()}
-    nobody = pwd.getpwnam("nobody")
-    assert {
-        "auth_cache_size = 0",
+OWN = {
+    "2.3": {
         "disable_plaintext_auth = yes",
-        "ssl = required",
-        "ssl_min_protocol = TLSv1.3",
         "ssl_cert = </etc/ksync/one.pem",
         "ssl_key = </etc/ksync/one.key",
         "args = file=/etc/dovecot/ksync/dovecot.lua blocking=yes",
+        "mail_plugins = quota listescape",
+    },
+    "2.4": {
+        "auth_allow_cleartext = no",
+        "ssl_server_cert_file = /etc/ksync/one.pem",
+        "ssl_server_key_file = /etc/ksync/one.key",
+        "lua_file = /etc/dovecot/ksync/dovecot.lua",
+        "use_worker = yes",
+        'mailbox_list_storage_escape_char = "\\\\"',
+    },
+}
+QUOTA = {"2.3": "quota_rule", "2.4": "quota_storage_size"}
+
+
+def version_line(text: str) -> str:
+    """The first line that is no comment: Dovecot 2.4 wants its version there, 2.3 does not know it."""
+    return next(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("version", dovecot.VERSIONS)
+def test_the_configuration_holds_what_it_must(tmp_path: Path, version: str) -> None:
+    given = configured(tmp_path)
+    texts = dovecot.configuration_files(given, Path("/etc/dovecot/ksync"), version=version)
+    assert set(texts) == {"dovecot.conf", "dovecot.lua"}
+    lines = {line.strip() for line in texts["dovecot.conf"].splitlines()}
+    nobody = pwd.getpwnam("nobody")
+    assert version_line(texts["dovecot.conf"]).startswith("dovecot_config_version =") is (version == "2.4")
+    assert OWN[version] <= lines
+    assert {
+        "auth_cache_size = 0",
+        "ssl = required",
+        "ssl_min_protocol = TLSv1.3",
         "port = 993",
         "port = 143",
         f"user = {OWNER.pw_name}",  # whoever owns the key file asks: the socket is open to nobody else
@@ -289,8 +316,10 @@ def test_the_configuration_holds_what_it_must(tmp_path: Path) -> None:
         "imap_metadata = no",
     } <= lines
     assert 'local SOCKET = "/run/ksync/ask"' in texts["dovecot.lua"]
-    other = dovecot.configuration_files(configured(tmp_path), tmp_path, Path("/x.pem"), Path("/x.key"))
-    assert "ssl_cert = </x.pem" in other["dovecot.conf"]
+    assert [name for name in QUOTA.values() if f'"{name}"' in texts["dovecot.lua"]] == [QUOTA[version]]
+    other = dovecot.configuration_files(given, tmp_path, Path("/x.pem"), Path("/x.key"), version=version)
+    assert "/x.pem" in other["dovecot.conf"]
+    assert "one.pem" not in other["dovecot.conf"]
     assert not any("$" in text for text in texts.values()), "every name was filled in"
 
 
@@ -301,9 +330,10 @@ def test_without_an_owner_the_mail_is_of_who_runs_the_server(tmp_path: Path) -> 
     if os.geteuid() == 0:
         os.chown(tmp_path / "keys.toml", stranger.pw_uid, stranger.pw_gid)
     who = stranger if os.geteuid() == 0 else OWNER
-    text = dovecot.configuration_files(found, Path("/etc/dovecot/ksync"))["dovecot.conf"]
-    assert f"first_valid_uid = {who.pw_uid}\n" in text
-    assert f"user = {who.pw_name}\n" in text
+    for version in dovecot.VERSIONS:
+        text = dovecot.configuration_files(found, Path("/etc/dovecot/ksync"), version=version)["dovecot.conf"]
+        assert f"first_valid_uid = {who.pw_uid}\n" in text
+        assert f"user = {who.pw_name}\n" in text
 
 
 def test_what_dovecot_could_not_use_is_refused(tmp_path: Path) -> None:
@@ -321,7 +351,43 @@ def test_what_dovecot_could_not_use_is_refused(tmp_path: Path) -> None:
         (no_key_file, "start the server first"),
     ):
         with pytest.raises(ConfigError, match=said):
-            dovecot.configuration_files(found, folder)
+            dovecot.configuration_files(found, folder, version="2.4")
     for odd in ("/etc/a b", "/etc/a\nssl = no", "/etc/$x", "/etc/%u", "/etc/<x", "/etc/#x"):
         with pytest.raises(ConfigError, match="something else"):
-            dovecot.configuration_files(good, Path(odd))
+            dovecot.configuration_files(good, Path(odd), version="2.4")
+
+
+def fake_dovecot(folder: Path, script: str) -> Path:
+    """A program of that name that says what the script says."""
+    program = folder / "dovecot"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_the_installed_dovecot_says_what_it_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dovecot, "_MORE_PLACES", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no Dovecot.*--dovecot 2\.4 \(Debian 13\)"):
+        dovecot.installed_version()
+    for said, version in (("2.3.19.1 (9b53102964)", "2.3"), ("2.4.1-4 (7d8c0e5759)", "2.4")):
+        fake_dovecot(tmp_path, f'[ "$*" = --version ] && echo "{said}"')
+        assert dovecot.installed_version() == version
+    for script in ("echo '2.5.0 (0)'", "echo '2.40.1'", "echo 2.4", "exit 1"):
+        fake_dovecot(tmp_path, script)
+        with pytest.raises(ConfigError, match=r"of version .*--dovecot 2\.3"):
+            dovecot.installed_version()
+    fake_dovecot(tmp_path, "").write_bytes(b"no program")
+    with pytest.raises(ConfigError, match="does not say its version"):
+        dovecot.installed_version()
+
+
+def test_dovecot_is_found_where_the_path_does_not_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian keeps it in /usr/sbin, which an ordinary user's PATH has not."""
+    assert "/usr/sbin" in dovecot._MORE_PLACES.split(":")
+    fake_dovecot(tmp_path, "echo '2.4.1-4 (7d8c0e5759)'")
+    monkeypatch.setattr(dovecot, "_MORE_PLACES", f":{tmp_path}")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert dovecot.installed_version() == "2.4"

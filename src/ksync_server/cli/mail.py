@@ -246,16 +246,25 @@ def mail() -> None:
 )
 @click.option("--certificate", type=click.Path(path_type=Path), help="PEM; the first of [tls] without this.")
 @click.option("--key", type=click.Path(path_type=Path), help="Its key.")
-def _mail_dovecot_config(services: Services, out: Path, certificate: Path | None, key: Path | None) -> Answer:
+@click.option(
+    "--dovecot",
+    "version",
+    type=click.Choice(dovecot.VERSIONS),
+    help="Version it is for; that of the installed Dovecot without this.",
+)
+def _mail_dovecot_config(
+    services: Services, out: Path, certificate: Path | None, key: Path | None, version: str | None
+) -> Answer:
     """Write Dovecot's configuration: no secret is in it."""
     if (certificate is None) is not (key is None):
         raise click.UsageError("--certificate and --key go together.")
-    folder = out.resolve()
+    folder, version = out.resolve(), version or dovecot.installed_version()
     texts = dovecot.configuration_files(
         services.settings,
         folder,
         None if certificate is None else certificate.resolve(),
         None if key is None else key.resolve(),
+        version=version,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +274,8 @@ def _mail_dovecot_config(services: Services, out: Path, certificate: Path | None
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}") from None
     written = [str(folder / name) for name in texts]
-    return Answer({"files": written}, f"Written: {', '.join(written)}\nStart it: dovecot -c {written[0]}")
+    text = f"Written for Dovecot {version}: {', '.join(written)}\nStart it: dovecot -c {written[0]}"
+    return Answer({"files": written, "dovecot": version}, text)
 
 
 @command(mail, "test")

@@ -1,7 +1,7 @@
 -- Dovecot asks ksync-server who may open which mailbox. Written by `ksync-server mail dovecot-config`.
 --
 -- One question is one connection to a Unix socket: words in hexadecimal, one line there, one line back.
--- Nothing is remembered here: a revoked device password is refused at its next log-in.
+-- Nothing is remembered here: a revoked device password is refused at its next log-in. Dovecot 2.3 and 2.4.
 
 local unix = require "socket.unix"
 
@@ -44,29 +44,35 @@ local function ask(request, verb, ...)
   return line:match("^%a+"), fields
 end
 
+-- What Dovecot is to know of a mailbox, each name after a prefix.
+local function known(found, prefix)
+  local answer = { user = found.user }
+  for _, name in ipairs({ "home", "uid", "gid", "$quota" }) do
+    answer[prefix .. name] = found[name]
+  end
+  return answer
+end
+
 function auth_password_verify(request, password)
+  local service = request.protocol or request.service -- as 2.4 and 2.3 call it
   local verdict, found = ask(
-    request, "login", request.service or "", request.remote_ip or "", request.user or "", password
+    request, "login", service or "", request.remote_ip or "", request.user or "", password
   )
   if verdict == "ok" then
-    local answer = { user = found.user }
-    for _, name in ipairs({ "home", "uid", "gid", "quota_rule" }) do
-      answer["userdb_" .. name] = found[name]
-    end
-    return dovecot.auth.PASSDB_RESULT_OK, answer
+    return dovecot.auth.PASSDB_RESULT_OK, known(found, "userdb_")
   elseif verdict == "no" then
-    return dovecot.auth.PASSDB_RESULT_PASSWORD_MISMATCH, {}
+    return dovecot.auth.PASSDB_RESULT_PASSWORD_MISMATCH, "refused"
   end
-  return dovecot.auth.PASSDB_RESULT_INTERNAL_FAILURE, {}
+  return dovecot.auth.PASSDB_RESULT_INTERNAL_FAILURE, "told to come back"
 end
 
 -- For Dovecot's own programs, which open a mailbox without a log-in.
 function auth_userdb_lookup(request)
   local verdict, found = ask(request, "find", request.user or "")
   if verdict == "ok" then
-    return dovecot.auth.USERDB_RESULT_OK, found
+    return dovecot.auth.USERDB_RESULT_OK, known(found, "")
   elseif verdict == "no" then
-    return dovecot.auth.USERDB_RESULT_USER_UNKNOWN, {}
+    return dovecot.auth.USERDB_RESULT_USER_UNKNOWN, "no such mailbox"
   end
-  return dovecot.auth.USERDB_RESULT_INTERNAL_FAILURE, {}
+  return dovecot.auth.USERDB_RESULT_INTERNAL_FAILURE, "told to come back"
 end

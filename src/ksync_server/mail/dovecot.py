@@ -5,7 +5,8 @@ for every other protocol. The words of a line are in hexadecimal, so no name or 
 anything else; neither side writes them anywhere.
 
     login <service> <client's address> <name> <secret>      find <name>
-    ok user=<address> home=<folder> uid=<n> gid=<n> quota_rule=<rule>      no      later
+    ok user=<address> home=<folder> uid=<n> gid=<n> quota_rule=<for 2.3> quota_storage_size=<for 2.4>
+    no      later
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import logging
 import os
 import pwd
 import re
+import shutil
 import socket
+import subprocess
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -40,6 +43,9 @@ _BACKLOG = 128
 _PATH_BYTES = 107 - 8  # sun_path, less the process id that a new socket has in its name
 _SAFE = re.compile(r"[A-Za-z0-9_./+@:=,-]+")
 _OK, _NO, _LATER = b"ok", b"no\n", b"later\n"
+_MORE_PLACES = ":/usr/sbin:/usr/local/sbin"  # that PATH of an ordinary user has not
+_QUOTA_FIELD = {"2.3": "quota_rule", "2.4": "quota_storage_size"}
+VERSIONS = tuple(_QUOTA_FIELD)  # of Dovecot, that a configuration is shipped for
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +177,14 @@ class Bridge:
         return _NO if mailbox is None or mailbox.state != "active" else self._found(mailbox)
 
     def _found(self, mailbox: Mailbox) -> bytes:
-        quota = "*:storage=0" if mailbox.quota_bytes is None else f"*:bytes={mailbox.quota_bytes}"
+        size = mailbox.quota_bytes
         fields = {
             "user": mailbox.address,
             "home": str(mailboxes.folder_of(self._settings.folders, mailbox.folder)),
             "uid": str(self._owner.uid),
             "gid": str(self._owner.gid),
-            "quota_rule": quota,
+            "quota_rule": "*:storage=0" if size is None else f"*:bytes={size}",
+            "quota_storage_size": "unlimited" if size is None else f"{size}B",
         }
         words = [name.encode() + b"=" + binascii.hexlify(value.encode()) for name, value in fields.items()]
         return b" ".join([_OK, *words]) + b"\n"
@@ -209,13 +216,42 @@ def listen(mail: configuration.Mail) -> socket.socket:
 # -- the configuration ----------------------------------------------------------------------------
 
 
+def installed_version() -> str:
+    """Which of `VERSIONS` the Dovecot of this machine has.
+
+    Raises:
+        ConfigError: there is none, it does not say, or it has another version.
+    """
+    program = shutil.which("dovecot", path=f"{os.environ.get('PATH', os.defpath)}{_MORE_PLACES}")
+    choice = "name the version it is for: --dovecot 2.3 (Debian 12) or --dovecot 2.4 (Debian 13)."
+    if program is None:
+        raise ConfigError(f"There is no Dovecot on this machine: install it first, or {choice}")
+    try:
+        asked = subprocess.run(  # noqa: S603 - the operator's own PATH, and no word of anybody else's
+            [program, "--version"], capture_output=True, timeout=_PATIENCE_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        raise ConfigError(f"{program} does not say its version: {choice}") from None
+    said = asked.stdout.decode("ascii", "replace").strip()
+    for version in VERSIONS:
+        if said.startswith(f"{version}."):
+            return version
+    raise ConfigError(f"{program} is of version {said or 'unknown'}, for which nothing is shipped: {choice}")
+
+
 def configuration_files(
-    settings: configuration.Settings, folder: Path, certificate: Path | None = None, key: Path | None = None
+    settings: configuration.Settings,
+    folder: Path,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    *,
+    version: str,
 ) -> dict[str, str]:
     """Dovecot's configuration: file names in `folder` and what is in them; no secret is.
 
     Args:
         folder: where the files will lie, absolute.
+        version: of Dovecot, one of `VERSIONS`.
         certificate: and its key, in PEM; None = the first pair of [tls].
 
     Raises:
@@ -247,12 +283,13 @@ def configuration_files(
         "key": str(key),
         "uid": str(owner.uid),
         "gid": str(owner.gid),
+        "quota": _QUOTA_FIELD[version],
     }
     for value in values.values():
         if not _SAFE.fullmatch(value):
             raise ConfigError(f"{value!r}: Dovecot may take this for something else than a path.")
     texts = resources.files("ksync_server.mail")
     return {
-        name: Template(texts.joinpath(name).read_text("utf-8")).substitute(values)
-        for name in ("dovecot.conf", "dovecot.lua")
+        name: Template(texts.joinpath(source).read_text("utf-8")).substitute(values)
+        for name, source in {"dovecot.conf": f"dovecot-{version}.conf", "dovecot.lua": "dovecot.lua"}.items()
     }

@@ -194,7 +194,7 @@ class MaildirSink:
         """Dovecot's list, one name a line."""
         if name == "INBOX":
             return
-        # One a line: with a head of the format's number, parts have tabs between them (Dovecot 2.3).
+        # One a line: with a head of the format's number, parts have tabs between them (Dovecot 2.3 and 2.4).
         path = self._root / "subscriptions"
         with path.open("a+b") as file:
             file.seek(0)
