@@ -1,4 +1,4 @@
-"""Starts Debian's Dovecot, the system's or one in a tree, with a Maildir for every user name and one password for all, as source and destination."""
+"""Starts Debian's Dovecot, the system's or one in a tree: a Maildir for every user name, one password for all."""
 
 from __future__ import annotations
 

@@ -7,6 +7,14 @@ folder=${1:-$repository/.dovecot-2.4}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 [ -e "$keyring" ] || { echo "no $keyring: apt install debian-archive-keyring" >&2 && exit 1; }
 
+# mirror SUFFIX PUBLIC: where this system has its own release from, if it is a Debian that says so.
+mirror() {
+    own=$(. /etc/os-release && echo "${VERSION_CODENAME:-}$1")
+    found=$(apt-get indextargets --format '$(ORIGIN) $(COMPONENT) $(CODENAME) $(REPO_URI)' |
+        sed -n "s/^Debian main $own //p" | head -n 1)
+    echo "${found:-$2}"
+}
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work" # apt fetches as a user of its own
@@ -14,13 +22,13 @@ mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/tree"
 : >"$work/status" # as if nothing were installed: every library comes along
 cat >"$work/trixie.sources" <<END
 Types: deb
-URIs: http://deb.debian.org/debian
+URIs: $(mirror "" http://deb.debian.org/debian)
 Suites: trixie trixie-updates
 Components: main
 Signed-By: $keyring
 
 Types: deb
-URIs: http://deb.debian.org/debian-security
+URIs: $(mirror -security http://deb.debian.org/debian-security)
 Suites: trixie-security
 Components: main
 Signed-By: $keyring
