@@ -58,6 +58,17 @@ def test_python_reads_the_same_messages_dates_and_flags(database: Database, tmp_
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
+def test_folders_below_another_spelling_of_inbox_are_below_inbox(lite: Database, tmp_path: Path) -> None:
+    """Dovecot looks for `Inbox/Low` in `.INBOX.Low`, so in `.Inbox.Low` nobody would find it."""
+    source, root = Server(), tmp_path / "Maildir"
+    for number, name in enumerate(("Inbox/Low", "INBOX/Low", "inbox/High", "Work/Inbox")):
+        source.account.add(name, BODY % (number, number))
+    with moving(lite, tmp_path, source, root) as move:
+        exact(move.go(), 4)
+    folders = {path.parent.name for path in root.glob(".*/cur")}
+    assert folders - {".Work"} == {".INBOX.Low", ".INBOX.Low-2", ".INBOX.High", ".Work.Inbox"}
+
+
 def test_keywords_have_letters_and_are_carried_later(lite: Database, tmp_path: Path) -> None:
     source, root = filled(), tmp_path / "Maildir"
     source.account.add("INBOX", BODY % (9, 9), flags={"$Forwarded", "NonJunk", "\\Seen"})

@@ -153,9 +153,9 @@ class Map:
         if key in self._given:
             return self._given[key]
         clean = [self._clean(part) for part in parts if part] or ["_"]
+        if clean[0].upper() == "INBOX" and not self._prefix:
+            clean[0] = "INBOX"  # Dovecot finds nothing below another spelling of it
         name = self._prefix + (self._separator or "_").join(clean)
-        if name.upper() == "INBOX" and not self._prefix:
-            name = "INBOX"
         made, count = name, 1
         while made.casefold() in self._taken:
             count += 1
