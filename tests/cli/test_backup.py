@@ -71,6 +71,20 @@ def test_a_backup_says_loudly_that_the_key_file_is_not_in_it(old: Machine, tmp_p
     new.run("restore", folder, "--accept-other-keys")
 
 
+def test_a_backup_says_that_mail_is_not_in_it(old: Machine, tmp_path: Path) -> None:
+    folder = str(tmp_path / "backup")
+    assert "mailboxes" not in old.run("backup", folder).stdout
+    assert old.json("backup", folder)["mail_apart"] is None
+    number = str(old.json("org", "create", "Example")["id"])
+    old.run("product", "create", number, "mail-premium")
+    old.run("mailbox", "create", "info@example.org", "--organization", number)
+    mail = settings.load(old.config).mail.folders.absolute()
+    assert (
+        f"The mail of 1 mailboxes is NOT in it: back {mail} up as well." in old.run("backup", folder).stdout
+    )
+    assert old.json("backup", folder)["mail_apart"] == str(mail)
+
+
 def test_a_restore_over_a_store_in_use_tells_what_came_back(old: Machine, tmp_path: Path) -> None:
     folder = str(tmp_path / "backup")
     old.run("backup", folder)

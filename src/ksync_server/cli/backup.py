@@ -86,6 +86,7 @@ def backup(
 
     Files that FOLDER has already are not copied again. The key file is NOT in the backup unless
     --include-keys is given: keep it apart, for without it no application password and no second factor works.
+    Mail is not in it either: its folders are backed up as any Maildir.
     """
     with _services(context.settings()) as services:
         made = backups.create(
@@ -99,8 +100,16 @@ def backup(
             progress=_Progress(),
         )
     manifest = made.state.manifest
+    mailboxes = manifest.counts["mailbox"]
+    mail_apart = str(services.settings.mail.folders.absolute()) if mailboxes else None
     if as_json:
-        answer = {"state": made.state.name, "copied": made.copied, "linked": made.linked, **asdict(manifest)}
+        answer = {
+            "state": made.state.name,
+            "copied": made.copied,
+            "linked": made.linked,
+            "mail_apart": mail_apart,
+            **asdict(manifest),
+        }
         click.echo(json.dumps(answer))
     else:
         rows = sum(manifest.counts.values())
@@ -114,6 +123,8 @@ def backup(
             click.echo("It shares files with the store: a copy on another disk is what survives this one.")
         if not include_keys:
             click.echo(f"The key file is NOT in it: keep a copy of {services.settings.auth.key_file} apart.")
+        if mail_apart is not None:
+            click.echo(f"The mail of {mailboxes} mailboxes is NOT in it: back {mail_apart} up as well.")
     if manifest.damaged:
         count = len(manifest.damaged)
         raise click.ClickException(f"the store itself has lost the bytes of {count} files: run verify")
