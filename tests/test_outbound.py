@@ -88,3 +88,16 @@ def test_a_name_that_is_not_found_is_told_from_one_that_cannot_be_looked_up(
 def test_what_is_no_name_is_refused(host: str) -> None:
     with pytest.raises((Permanent, Temporary)):
         asyncio.run(outbound.addresses(host, 143, NONE))
+
+
+def test_four_addresses_of_a_host_are_tried_of_both_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may be silent for as long as anybody waits, and one family may lead nowhere."""
+    six, four = [f"2606:4700::{number}" for number in range(1, 9)], ["8.8.8.8", "8.8.4.4", "1.1.1.1"]
+    for found, tried in (
+        (six + four, [six[0], four[0], six[1], four[1]]),
+        (four + six, [four[0], six[0], four[1], six[1]]),
+        (six, six[:4]),
+        (four[:1], four[:1]),
+    ):
+        resolving(monkeypatch, *found)
+        assert asyncio.run(outbound.addresses("imap.example.org", 993, NONE)) == tried

@@ -407,6 +407,7 @@ class GmailAccount(Account):
             if folder not in mail.places:
                 folder.show(mail)
         for folder in list(mail.places):
+            folder.highest_modseq = max(folder.highest_modseq, mail.modseq)
             if folder.name not in wanted:
                 folder.hide(mail)
 

@@ -14,7 +14,6 @@ several of its own steady ticks. Times in rows are the database's.
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,8 +30,6 @@ from sqlalchemy.sql.expression import FunctionElement
 from ksync_server.errors import Conflict, KsyncError, NotFound, Permanent
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, Read, Row, Write
-
-log = logging.getLogger(__name__)
 
 STATES = ("ready", "running", "done", "failed", "cancelled")
 _LAST_ERROR = 500  # characters kept

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from itertools import zip_longest
 
 from ksync_server.errors import Permanent, Temporary
 from ksync_server.networks import Networks, parse
 
+_MOST = 4  # addresses of a host that are tried: each may be silent until the time is up
+
 
 async def addresses(host: str, port: int, allowed: Networks) -> list[str]:
-    """The addresses of a host that may be connected to; connect to one of these, never to the name.
+    """Addresses of a host to connect to, four at most; connect to one of these, never to the name.
 
     Args:
         host: a name or an address, as a person typed it.
@@ -38,7 +41,11 @@ async def addresses(host: str, port: int, allowed: Networks) -> list[str]:
                 f"{host!r} is {address}, in a network that is not public;"
                 " outbound.private_networks lists those that may be reached."
             )
-    return reached
+    # Both families among the first: one of them may lead nowhere. Whoever owns the name makes the list.
+    liked = [address for address in reached if (":" in address) == (":" in reached[0])]
+    rest = [address for address in reached if address not in liked]
+    mixed = [address for pair in zip_longest(liked, rest) for address in pair if address is not None]
+    return mixed[:_MOST]
 
 
 def is_public(address: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from ksync_server.auth import accounts, directory, throttle
 from ksync_server.auth.gate import Credentials, Service
 from ksync_server.auth.memory import Memory
 from ksync_server.auth.throttle import Count, Good, Standing, added, improved
-from ksync_server.errors import AppPasswordRequired, NotAuthenticated, TooManyRequests
+from ksync_server.errors import AppPasswordRequired, NotAuthenticated, TooManyRequests, Unavailable
 from ksync_server.http import Peer
 from ksync_server.settings import Auth
 from ksync_server.store import tables as t
@@ -502,6 +504,93 @@ def test_guesses_that_begin_in_one_instant_gain_nothing(
     for thread in threads:
         thread.join()
     assert len(verified) == 5
+
+
+def test_a_try_whose_read_fails_is_not_on_its_way_any_more(
+    sqlite_door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = sqlite_door.another_process()
+
+    def fails(*arguments: Any) -> Standing:
+        raise Unavailable("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(door.gate.throttle, "standing", fails)
+        for number in range(20):
+            with pytest.raises(Unavailable):
+                guess(door, "nobody", f"wrong {number}")
+    assert door.gate.throttle._flying == {}
+    assert guesses(door, "nobody", 6) == ["401"] * 5 + ["429"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_storm_of_guesses_while_counts_are_written_is_not_one_too_many(
+    sqlite_door: Door, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    door = sqlite_door.another_process(argon2_parallel=64, throttle_write_s=0.001)
+    random, verified = Random(seed), []
+    verify = door.gate.passwords._hasher.verify
+
+    class Counted:
+        def verify(self, stored: str, password: bytes) -> bool:
+            verified.append(password)
+            time.sleep(random.random() / 100)
+            return verify(stored, password)
+
+    monkeypatch.setattr(door.gate.passwords, "_hasher", Counted())
+    found: list[str] = []
+    over = threading.Event()
+
+    def flush() -> None:
+        while not over.is_set():
+            door.gate.throttle.flush()
+
+    def run(first: int) -> None:
+        for number in range(first, first + 5):
+            found.append(guess(door, "nobody", f"wrong {number}"))
+
+    threads = [threading.Thread(target=run, args=(number * 100,)) for number in range(16)]
+    writer = threading.Thread(target=flush)
+    writer.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    over.set()
+    writer.join()
+    assert len(verified) <= 5, found
+    assert door.gate.throttle._flying == {}
+
+
+def test_good_programs_beside_a_stale_one_and_four_typing_mistakes_all_get_in(sqlite_door: Door) -> None:
+    account = sqlite_door.account()
+    door = sqlite_door.another_process(argon2_parallel=8)
+    assert guess(door, account.sync_id, PASSWORD) == "in"
+    assert guess(door, account.sync_id, "the old one") == "401"
+    assert guesses(door, account.sync_id, 3) == ["401"] * 3
+    found: dict[str, list[str]] = {"good": [], "stale": []}
+
+    def run(kind: str, secret: str) -> None:
+        for _ in range(20):  # as a request does: argon2 only where nothing else can tell
+            credentials = Credentials(account.sync_id, secret)
+            with contextlib.suppress(NotAuthenticated, TooManyRequests):
+                if (
+                    door.gate.recognise(credentials, replace(PEER, address=HOME), service=Service.SYNC)
+                    is not None
+                ):
+                    found[kind].append("in")
+                    continue
+            found[kind].append(guess(door, account.sync_id, secret))
+
+    threads = [threading.Thread(target=run, args=("good", PASSWORD)) for _ in range(6)]
+    threads += [threading.Thread(target=run, args=("stale", "the old one")) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(found["good"]) == {"in"}
+    assert set(found["stale"]) == {"401"}, found["stale"].count("429")
+    assert guess(door, account.sync_id, "one more mistake") == "401"
 
 
 def test_a_program_with_many_connections_is_not_its_own_attacker(sqlite_door: Door) -> None:

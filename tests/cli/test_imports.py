@@ -314,3 +314,86 @@ def test_folders_of_our_mailboxes_are_named_as_dovecot_names_them(
     assert {place.name for place in asyncio.run(sink.places())} == {"INBOX", name}
     line = (tmp_path / "Maildir" / "subscriptions").read_text().splitlines()[-1]
     assert "." + line.replace("\t", ".") == on_disk
+
+
+TOKENS = '{"token_uri": "https://localhost/", "client_id": "id", "refresh_token": "r3fresh"}'
+
+
+@pytest.mark.parametrize("written", [TOKENS.encode("utf-16"), b"\xff" + TOKENS.encode()])
+def test_a_token_file_in_another_encoding_is_refused_in_words(
+    shell: Shell, tmp_path: Path, written: bytes
+) -> None:
+    (tmp_path / "tokens.json").write_bytes(written)
+    words = [
+        "import",
+        "mail",
+        "start",
+        *asked(1, tmp_path / "mail"),
+        "--token-file",
+        str(tmp_path / "tokens.json"),
+    ]
+    said = shell.refusal(*words, given="")
+    assert "token file" in said
+
+
+def test_a_token_file_may_begin_with_a_byte_order_mark(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.json"
+    file.write_text("\ufeff" + TOKENS, encoding="utf-8")
+    words = asked(1, tmp_path / "mail")
+    shell.json("import", "mail", "start", *words, "--untried", "--token-file", str(file), given="")
+
+
+def test_a_file_of_imports_in_another_encoding_is_refused_in_words(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "people.csv"
+    file.write_bytes("host,user,password,to_maildir\nh.example.org,Jürgen,x,/tmp/x\n".encode("latin-1"))
+    assert "not in UTF-8" in shell.refusal("import", "mail", "bulk", str(file))
+
+
+def test_again_with_the_other_kind_of_secret_is_refused_before_anything_is_queued(
+    shell: Shell, tmp_path: Path
+) -> None:
+    (tmp_path / "tokens.json").write_text(TOKENS)
+    words = ["import", "mail", "start", *asked(1, tmp_path / "mail"), "--untried"]
+    shell.json(*words, "--token-file", str(tmp_path / "tokens.json"), given="")
+    shell.json(*words, given="password\n")
+    for number in ("1", "2"):
+        shell.json("import", "mail", "cancel", number)
+    jobs = len(rows(shell, "job"))
+    assert "JSON" in shell.refusal("import", "mail", "again", "1", given="password\n")
+    said = shell.refusal("import", "mail", "again", "2", "--token-file", str(tmp_path / "tokens.json"))
+    assert "not by a token file" in said
+    assert len(rows(shell, "job")) == jobs
+    shell.refusal("import", "mail", "again", "2", given=TOKENS + "\n")
+    assert len(rows(shell, "job")) == jobs
+
+
+@pytest.mark.parametrize("mechanism", ["bogus", "password", "xoauth2"])
+def test_a_row_that_says_another_mechanism_is_not_by_token_file(mechanism: str) -> None:
+    text = f"host,user,password,mechanism,to_maildir\nh.example.org,me,,{mechanism},/tmp/x\n"
+    good, bad = orders.parse(text, token_file=TOKENS)
+    assert (len(good), len(bad)) == (0, 1), good[0].order.source
+
+
+def test_rows_bring_token_files_of_their_own(tmp_path: Path) -> None:
+    quoted = TOKENS.replace('"', '""')
+    lines = [
+        "host;user;password;mechanism;to_maildir",
+        f'h.example.org;a;"{quoted}";oauth2;/tmp/a',
+        "h.example.org;b;plain;;/tmp/b",
+        "h.example.org;c;;oauth2;/tmp/c",
+        "h.example.org;d;plain;oauth2;/tmp/d",
+        "h.example.org;e;;;/tmp/e",
+        "h.example.org;f;a token;xoauth2;/tmp/f",
+    ]
+    good, bad = orders.parse("\n".join(lines))
+    assert [each.order.source.user for each in good] == ["a", "b", "f"]
+    assert [each.line for each in bad] == [4, 5, 6]
+    assert "r3fresh" not in str(bad)
+    good, bad = orders.parse("\n".join(lines), token_file="{}")
+    assert [(each.order.source.user, each.order.source.mechanism) for each in good] == [
+        ("a", "oauth2"),
+        ("b", "password"),
+        ("c", "oauth2"),
+        ("e", "oauth2"),
+        ("f", "xoauth2"),
+    ]

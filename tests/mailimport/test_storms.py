@@ -269,3 +269,51 @@ def test_messages_alike_arrive_whole_through_crashes(
     gc.collect()
     assert not [record for record in caplog.records if record.name == "asyncio"]
     assert not source.violations + target.violations
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_checked_in_folders_that_never_become_whole_counts_once(
+    lite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    random = Random(seed)
+    monkeypatch.setattr(walking, "_SCAN_UIDS", random.choice([7, 20, 60]))
+    account = GmailAccount()
+    mail_corpus.fill_gmail(account)
+    source = Server(account, features=GMAIL)
+    target = Server(rules=[Rule(No("[CANNOT] never"), "UID COPY", times=None)])
+    with moving(
+        lite, tmp_path, source, target, timeout_s=20.0, back_off_s=0.001, window_bytes=50_000
+    ) as move:
+        move.order()
+        _work_through_crashes(move, lite, random, monkeypatch)
+        report = move.imported.report or {}
+    with lite.read() as tx:
+        kinds = [str(how) for (how,) in tx.execute(sa.select(t.mail_copy.c.how))]
+    assert (move.state, report["copied"], report["checked"]) == ("incomplete", 300, len(kinds))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_labels_that_came_later_are_checked_through_crashes(
+    lite: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    random = Random(seed)
+    account = GmailAccount()
+    mail_corpus.fill_gmail(account)
+    source, target = Server(account, features=GMAIL), Server()
+    with moving(
+        lite, tmp_path, source, target, timeout_s=20.0, back_off_s=0.001, window_bytes=200_000
+    ) as move:
+        move.go()
+        monkeypatch.setattr(walking, "_SCAN_UIDS", random.choice([7, 20, 60]))
+        account.put(BODY % (1, 1), "Work")
+        for mail in list(account.folders["Receipts"].entries.values()):
+            account.set_labels(mail, {"Receipts", "\\Inbox", "Other", "Third"})
+        with lite.read() as tx:
+            before = tx.execute(sa.select(sa.func.count()).select_from(t.mail_copy)).scalar()
+        move.order()
+        _work_through_crashes(move, lite, random, monkeypatch)
+        report = move.imported.report or {}
+    with lite.read() as tx:
+        after = tx.execute(sa.select(sa.func.count()).select_from(t.mail_copy)).scalar()
+    assert after > before
+    assert (move.state, report["checked"]) == ("done", after - before)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
+import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -22,9 +25,11 @@ from conformance import mail_corpus
 from conformance.certificates import Authority
 from conformance.imap_server import Account, Drop, Rule, Server
 from conformance.token_provider import Provider, providing
+from ksync_server import jobs, settings
 from ksync_server.errors import BadRequest, Permanent, Temporary
 from ksync_server.mailimport import orders, tokens
 from ksync_server.networks import Networks
+from ksync_server.store import tables as t
 from ksync_server.store.database import Database
 from tests.mailimport.harness import exact, moving
 
@@ -113,6 +118,12 @@ def test_files_of_google_need_no_address(key: rsa.RSAPrivateKey) -> None:
 
 # -- what is refused --------------------------------------------------------------------------------
 
+# A good key of a curve that nobody uses (secp112r1).
+_ODD_KEY = """-----BEGIN PRIVATE KEY-----
+ME4CAQAwEAYHKoZIzj0CAQYFK4EEAAYENzA1AgEBBA6TqkpTW1XnqydXU+/70qEg
+Ax4ABNtTwRNpbyNUudZwJEhlMBV4RLIf83cSywDc5fI=
+-----END PRIVATE KEY-----
+"""
 _WRONG = [
     ("", "JSON"),
     ("t0ken", "JSON"),
@@ -130,6 +141,8 @@ _WRONG = [
     (json.dumps({"token_uri": "https://example.org/", "refresh_token": "r"}), "client_id"),
     (json.dumps({"token_uri": "https://example.org/", "client_id": "i", "client_secret": "s"}), "scope"),
     (json.dumps({"type": "service_account", "client_email": "a", "private_key": "no"}), "PEM"),
+    (json.dumps({"type": "service_account", "client_email": "a", "private_key": _ODD_KEY}), "PEM"),
+    ('{"more": ' + "[" * 8_000, "JSON"),
     (json.dumps({"type": "authorized_user", **REFRESH, "scope": "x" * 20_000}), "16384"),
 ]
 
@@ -270,6 +283,68 @@ def test_silence_slow_bytes_and_a_cut_are_temporary(authority: Authority, contex
             thread.join()
 
 
+@contextlib.contextmanager
+def scripted(authority: Authority, answer: Callable[[bytes], Iterable[bytes]]) -> Iterator[str]:
+    """A provider that sends raw bytes, whatever HTTP says; where it is asked."""
+    pair = authority.issue("raw", "localhost")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pair.certificate, pair.key)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            while True:
+                try:
+                    raw, _ = listening.accept()
+                except OSError:
+                    return
+                with contextlib.suppress(OSError), tls.wrap_socket(raw, server_side=True) as connection:
+                    asked = connection.recv(65536)
+                    if not asked.partition(b"\r\n\r\n")[2]:
+                        asked += connection.recv(65536)
+                    for piece in answer(asked):
+                        connection.sendall(piece)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"https://localhost:{listening.getsockname()[1]}/token"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda asked: [asked.partition(b"\r\n\r\n")[2] + b"\r\n\r\n"],
+        lambda asked: [b'{"error": "invalid_client", "error_description": "s3cret is wrong"}\r\n\r\n'],
+        lambda asked: [b"HTTP/1.1 400 Bad\r\nX-Asked s3cret\r\n\r\n"],
+        lambda asked: [b"HTTP/1.1 400 Bad\r\ns3cret " + b"x" * 12_000 + b"\r\n\r\n"],
+    ],
+)
+def test_the_words_of_a_provider_that_speaks_no_http_are_in_no_error(
+    authority: Authority, context: ssl.SSLContext, answer: Callable[[bytes], Iterable[bytes]]
+) -> None:
+    with scripted(authority, answer) as url, pytest.raises(Temporary) as caught:
+        obtain(json.dumps({"token_uri": url, **TENANT}), context)
+    assert "s3cret" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_provider_that_answers_nested_json_is_no_fault_of_ours(
+    provider: Provider, context: ssl.SSLContext, status: int
+) -> None:
+    says(provider, status, b'{"more": ' + b"[" * 20_000 + b"]" * 20_000 + b"}")
+    with pytest.raises((Permanent, Temporary)):
+        obtain(provider.file(**TENANT), context)
+
+
+@pytest.mark.spec("RFC 9110 §7.2")
+def test_a_host_is_named_as_a_url_names_it() -> None:
+    named = [tokens.authority("example.org", 443), tokens.authority("example.org", 8443)]
+    assert named == ["example.org", "example.org:8443"]
+    assert [tokens.authority("::1", 443), tokens.authority("::1", 8443)] == ["[::1]", "[::1]:8443"]
+
+
 # -- imports ----------------------------------------------------------------------------------------
 
 
@@ -312,3 +387,106 @@ def test_an_import_whose_token_is_revoked_fails_with_the_providers_code(
     secrets = (b"r3fresh", base64.b64encode(b"r3fresh"))
     said = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert not [secret for secret in secrets if secret in said]
+
+
+def test_the_words_of_a_provider_that_speaks_no_http_are_kept_nowhere(
+    lite: Database, tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    server = {"mechanism": "oauth2", "ca_file": str(authority.file)}
+    said = lambda asked: [asked.partition(b"\r\n\r\n")[2] + b"\r\n\r\n"]  # noqa: E731
+    with scripted(authority, said) as url, moving(lite, tmp_path, Server(), Server(), give_up_s=1) as move:
+        file = tokens.written(json.dumps({"token_uri": url, **REFRESH}))
+        mail = settings.Mail(relay="relay.example.org", from_address="noreply@example.org")
+        move.desk.settings = msgspec.structs.replace(move.desk.settings, mail=mail)
+        move.order(source=server, source_secret=file, notify="owner@example.org")
+        move.desk.runner().step()
+        paused = move.state
+        progress = str(move.desk.job(move.number or 0)["progress"])
+        time.sleep(1.1)
+        move.desk.work()
+        report = str(move.imported.report)
+        with lite.read() as tx:
+            letters = str([job["arguments"] for job in jobs.list_jobs(tx, kind="mail.send")])
+        last_error = str(move.desk.job(move.number or 0)["last_error"])
+    logged = " ".join(str(getattr(record, "reason", "")) + str(record.__dict__) for record in caplog.records)
+    found = {
+        name: "r3fresh" in text
+        for name, text in {
+            "progress": progress,
+            "report": report,
+            "letter": letters,
+            "last_error": last_error,
+            "log": logged,
+        }.items()
+    }
+    assert paused == "paused"
+    assert not any(found.values()), found
+
+
+def test_an_import_whose_provider_answers_nested_json_pauses(
+    lite: Database, tmp_path: Path, provider: Provider, authority: Authority
+) -> None:
+    says(provider, 200, b'{"more": ' + b"[" * 20_000 + b"]" * 20_000 + b"}")
+    server = {"mechanism": "oauth2", "ca_file": str(authority.file)}
+    with moving(lite, tmp_path, Server(), Server()) as move:
+        move.order(source=server, source_secret=tokens.written(provider.file(**REFRESH)))
+        move.desk.runner().step()
+        assert move.state == "paused", (move.state, move.desk.job(move.number or 0))
+
+
+def test_an_import_whose_provider_stumbles_pauses_and_goes_on(
+    lite: Database, tmp_path: Path, provider: Provider, authority: Authority
+) -> None:
+    account = Account(token="t4")
+    mail_corpus.fill(account, mail_corpus.generate(5, folders=1))
+    give = provider.answer
+    provider.answer = lambda number: give(number) if number > 3 else (503, b"")
+    server = {"mechanism": "oauth2", "ca_file": str(authority.file)}
+    waits = []
+    with moving(lite, tmp_path, Server(account), Server(), back_off_s=1000.0) as move:
+        move.order(source=server, source_secret=tokens.written(provider.file(**REFRESH)))
+        runner = move.desk.runner()
+        for _ in range(3):
+            assert runner.step()
+            assert move.state == "paused"
+            waits.append(move.desk.job(move.number or 0)["run_at"] - time.time())
+            lite.write(lambda tx: tx.execute(sa.update(t.job).values(run_at=0)))
+        assert runner.step()
+        assert move.state == "done"
+    assert 700 < waits[0] < 1300
+    assert 1400 < waits[1] < 2200
+    assert len(provider.forms) == 4
+
+
+def test_an_import_that_is_cancelled_while_it_asks_for_a_token_is_cancelled(
+    lite: Database, tmp_path: Path, provider: Provider, authority: Authority
+) -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    for status, ends in ((200, "cancelled"), (503, "cancelled"), (400, "failed")):
+
+        def wait(number: int, status: int = status) -> tuple[int, bytes]:
+            asked.set()
+            go.wait(10)
+            return status, b'{"access_token": "t1"}'
+
+        provider.answer = wait
+        asked.clear()
+        go.clear()
+        server = {"mechanism": "oauth2", "ca_file": str(authority.file)}
+        account = Account(token="t1")
+        mail_corpus.fill(account, mail_corpus.generate(5, folders=1))
+        folder = tmp_path / str(status)
+        folder.mkdir()
+        with moving(lite, folder, Server(account), Server()) as move:
+            move.order(source=server, source_secret=tokens.written(provider.file(**REFRESH)))
+            thread = threading.Thread(target=move.desk.runner().step)
+            thread.start()
+            assert asked.wait(10)
+            lite.write(lambda tx: jobs.cancel(tx, move.imported.job_id or 0))
+            go.set()
+            thread.join(20)
+            with lite.read() as tx:
+                assert tx.execute(sa.select(sa.func.count()).select_from(t.job_secret)).scalar() == 0
+            assert (move.state, move.desk.job(move.number or 0)["state"]) == (ends, ends)

@@ -23,6 +23,7 @@ from conformance.servers import S3
 from ksync_server import settings
 from ksync_server.errors import ConfigError, Forbidden, InsufficientStorage, KsyncError, Unavailable
 from ksync_server.store import backup, blobs, bundle, changes, holds, schema
+from ksync_server.store import restore as restoring
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database, begin_request, closed_to_writers
 from ksync_server.store.restore import Restored, restore
@@ -668,3 +669,25 @@ def test_a_failing_restore_changes_nothing(
         store.restore(folder, force=True)
     assert (store.contents(), store.database.generation) == (before, generation)
     assert store.database.write(lambda tx: changes.bump(tx, store.calendar))
+
+
+def test_two_restores_of_two_stores_that_begin_at_once_do_not_sweep_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making a folder and locking it another restore (of another store beside it) looks."""
+    real = restoring._locked
+    depth = [0]
+
+    @contextlib.contextmanager
+    def between(path: Path) -> Iterator[int]:
+        if depth[0] == 0:  # we have just made it
+            depth[0] = 1
+            with restoring._private_folder(str(tmp_path)):
+                pass
+        with real(path) as descriptor:
+            yield descriptor
+
+    monkeypatch.setattr(restoring, "_locked", between)
+    with restoring._private_folder(str(tmp_path)) as folder:
+        (folder / "rows.sqlite").write_bytes(b"rows")
+        assert folder.is_dir()

@@ -482,8 +482,10 @@ class Gate:
     ) -> Identity | _Refusal | None:
         typed, _ = accounts.canonical_name(credentials.name, self._sync_hosts)
         attempt = self.throttle.attempt(typed, peer.address, credentials.secret)
+        if not verify:  # a look that lets nobody in whose password is not remembered
+            return self._tried(attempt, self.throttle.waiting(attempt), credentials, service, verify=False)
         with self.throttle.trying(attempt) as waiting:
-            return self._tried(attempt, waiting, credentials, service, verify=verify)
+            return self._tried(attempt, waiting, credentials, service, verify=True)
 
     def _tried(
         self, attempt: Try, waiting: Marks, credentials: Credentials, service: Service, *, verify: bool

@@ -270,33 +270,42 @@ class Throttle:
             (one.network, 0 if one.shared else settings.throttle_network_failures),
         )
 
-    @contextmanager
-    def trying(self, one: Try) -> Iterator[Marks]:
-        """From before the look at the counts to the end of the verification: meanwhile it counts as wrong for
-        all that begin later. So many at once gain nothing.
+    def waiting(self, one: Try) -> Marks:
+        """Wrong secrets, and those being tried, that are not in the database yet.
 
-        Yields:
-            wrong secrets, and those being tried since before, that are not in the database yet. Begin before
-            the transaction of `standing`: what is written in between is in both then, and counts once; the
-            other way round it would be in neither.
+        Ask before the transaction of `standing` begins: what is written in between is in both then, and
+        counts once; the other way round it would be in neither.
         """
         with self._lock:
-            found = {
-                key: tuple(self._waiting.failed.get(key, (0, {}))[1])
-                for key in (one.place, one.name, one.network)
-            }
-            for other in self._flying.values():
-                # Right ones of many people may be on their way from one network: only names are watched.
-                for key in (other.place, other.name):
-                    if key in (one.place, one.name) and other.mark != one.mark:
-                        found[key] += (other.mark,)
-            ticket = object()
+            return self._unwritten(one)
+
+    @contextmanager
+    def trying(self, one: Try) -> Iterator[Marks]:
+        """From before the look at the counts to the end of a verification: meanwhile the try counts as wrong
+        for all that begin later, so many at once gain nothing.
+
+        Yields:
+            as `waiting` says.
+        """
+        ticket = object()
+        with self._lock:
+            found = self._unwritten(one)
             self._flying[ticket] = one
         try:
             yield found
         finally:
             with self._lock:
                 del self._flying[ticket]
+
+    def _unwritten(self, one: Try) -> Marks:
+        failed = self._waiting.failed
+        found = {key: tuple(failed.get(key, (0, {}))[1]) for key in (one.place, one.name, one.network)}
+        for other in self._flying.values():
+            # Right ones of many people may be on their way from one network: only names are watched.
+            for key in (other.place, other.name):
+                if key in (one.place, one.name) and other.mark != one.mark:
+                    found[key] += (other.mark,)
+        return found
 
     def standing(self, tx: Read, one: Try, waiting: Marks, now: int) -> Standing:
         """What the counts say of a try; those that are not written yet count too.

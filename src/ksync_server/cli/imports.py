@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import click
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _number = click.argument("number", metavar="ID", type=int)
 _token_file = click.option(
     "--token-file",
-    type=click.File("r", encoding="utf-8", lazy=False),
+    type=click.File("rb", lazy=False),
     help="Instead of the source's password: JSON by which access tokens are had at each log-in, from Google"
     " (authorized_user, service_account) or with token_uri, client_id, client_secret, scope (Microsoft 365).",
 )
@@ -63,7 +63,13 @@ def _server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--user", required=True, help="Name for the log-in there, mostly the address."),
         click.option("--port", type=int, help="993, or 143 without tls."),
         click.option("--security", type=security, default="tls", show_default=True),
-        click.option("--mechanism", type=mechanism, default="password", show_default=True),
+        click.option(
+            "--mechanism",
+            type=mechanism,
+            default="password",
+            show_default=True,
+            help="What is given as the source's password: one, an access token, or a token file on one line.",
+        ),
         click.option(
             "--password-file",
             type=file,
@@ -106,7 +112,7 @@ def _order(
     security: str,
     mechanism: str,
     password_file: TextIO,
-    token_file: TextIO | None,
+    token_file: BinaryIO | None,
     ca_file: str,
     to_mailbox: str | None,
     to_maildir: Path | None,
@@ -123,6 +129,8 @@ def _order(
     bodies: bool = False,
     notify: str = "",
 ) -> Order:
+    if token_file is not None and mechanism == "xoauth2":
+        raise BadRequest("--token-file is not for xoauth2, which takes a token.")
     mechanism = mechanism if token_file is None else "oauth2"
     source = orders.server(host, user, port=port, security=security, mechanism=mechanism, ca_file=ca_file)
     if sum(each is not None for each in (to_mailbox, to_maildir, to_host)) != 1:
@@ -145,7 +153,7 @@ def _order(
     return Order(source, first, target, second, options, notify, mailbox)
 
 
-def _secrets(file: TextIO, token_file: TextIO | None, mechanism: str, is_second: bool) -> tuple[str, str]:
+def _secrets(file: TextIO, token_file: BinaryIO | None, mechanism: str, is_second: bool) -> tuple[str, str]:
     """The source's and the destination's; "" where that has none."""
     named = {} if token_file else {"source": mechanism}
     named |= {"destination": "password"} if is_second else {}
@@ -220,7 +228,7 @@ def _mail_again(
     services: Services,
     number: int,
     password_file: TextIO,
-    token_file: TextIO | None,
+    token_file: BinaryIO | None,
     wait: bool,
     here: bool,
 ) -> Answer:
@@ -407,7 +415,7 @@ def _mail_bulk(
     notify: str,
     good_rows: bool,
     organization_id: int | None,
-    token_file: TextIO | None,
+    token_file: BinaryIO | None,
 ) -> Answer:
     """Import many mailboxes that a CSV file lists; all rows are checked before any log-in.
 
@@ -419,7 +427,11 @@ def _mail_bulk(
         BadRequest: rows are bad and --good-rows is not given; nothing was queued.
     """
     token = "" if token_file is None else tokens.written(token_file.read())
-    rows, mistakes = orders.parse(file.read(), notify=_address(notify), token_file=token)
+    try:
+        text = file.read()
+    except UnicodeDecodeError:
+        raise BadRequest("The file of imports is not in UTF-8.") from None
+    rows, mistakes = orders.parse(text, notify=_address(notify), token_file=token)
     for mistake in mistakes:
         click.echo(f"line {mistake.line}: {mistake.text}", err=True)
     if not rows or (mistakes and not good_rows):

@@ -28,7 +28,7 @@ async def connect(
     """A connection that is encrypted as asked, and logged in.
 
     Args:
-        secret: see `MECHANISMS`.
+        secret: what the server's mechanism takes: a password, an access token, or a token file for one.
         utf8: take messages with UTF-8 in their headers as they are (RFC 6855): other clients may be given a
             copy that was made plain. To give messages a server needs no such thing.
 
@@ -43,7 +43,7 @@ async def connect(
         secret = await tokens.obtain(
             tokens.parse(secret),
             server.user,
-            context=server.context(),
+            context=server.context(of_provider=True),
             timeout_s=settings.connect_timeout_s,
             private_networks=private_networks,
         )

@@ -466,9 +466,7 @@ class Importer:
         fresh: dict[int, dict[str, Copy]] = {}
         for copies in stretch.copies.values():
             for copy in copies:
-                if copy.handle and (
-                    copy.uid >= stretch.first_new or (copy.uid, copy.target_id) in stretch.linked
-                ):
+                if copy.handle and self._is_unproven(stretch, copy):
                     fresh.setdefault(copy.target_id, {})[copy.handle] = copy
         for target_id, wanted in fresh.items():
             name = self._names[target_id]
@@ -485,6 +483,13 @@ class Importer:
                     self._counters.differs(name, f"UID {copy.uid} of the source {problem}")
             await self._check_bodies(name, wanted if self._options.bodies else again)
             stretch.visit.checked += len(found)
+
+    def _is_unproven(self, stretch: Stretch, copy: Copy) -> bool:
+        """Whether it came there since its folder was last settled, in this run or in one that was cut."""
+        if copy.uid >= stretch.first_new or (copy.uid, copy.target_id) in stretch.linked:
+            return True
+        target = self._known[self._names[copy.target_id]]
+        return copy.how == LINKED and self._sink.uid(copy.handle) >= target.settled_next
 
     async def _check_bodies(self, name: str, copies: dict[str, Copy]) -> None:
         if not copies:

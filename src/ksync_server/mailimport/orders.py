@@ -84,6 +84,8 @@ def secret(typed: str, mechanism: str = "password") -> str:
     """
     if mechanism == "oauth2":
         return tokens.written(typed)
+    if tokens.is_file(typed):
+        raise BadRequest("This is a token file, which only a log-in by oauth2 takes.")
     if not typed or len(typed) > _LONGEST or any(mark in typed for mark in "\0\r\n"):
         raise BadRequest("A password is one line, and not empty.")
     return typed.replace(" ", "") if _PASTED.match(typed) else typed
@@ -324,14 +326,15 @@ def _row(line: int, values: Mapping[str, str], notify: str, token_file: str) -> 
             raise BadRequest(f"{text!r} is no port.")
         return int(text) if text else None
 
-    mechanism = values.get("mechanism", "").strip().lower() or "password"
-    is_by_file = bool(token_file) and not values.get("password")
+    mechanism = values.get("mechanism", "").strip().lower()
+    is_by_file = bool(token_file) and not values.get("password") and mechanism in ("", "oauth2")
+    mechanism = "oauth2" if is_by_file else mechanism or "password"
     source = server(
         values["host"],
         values["user"].strip(),
         port=number("port"),
         security=values.get("security", "").strip().lower() or "tls",
-        mechanism="oauth2" if is_by_file else mechanism,
+        mechanism=mechanism,
     )
     targets = [name for name in ("to_mailbox", "to_maildir", "to_host") if values.get(name, "").strip()]
     if len(targets) != 1:

@@ -21,17 +21,23 @@ class Server:
     port: int
     user: str
     security: str = "tls"  # one of SECURITIES
-    mechanism: str = "password"  # one of MECHANISMS
+    mechanism: str = "password"  # one of MECHANISMS; oauth2 is XOAUTH2 with tokens that are had when needed
     ca_file: str = ""  # certificates (PEM) to trust instead of the system's
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, *, of_provider: bool = False) -> ssl.SSLContext:
         """Certificates are always checked, the host's name included.
+
+        Args:
+            of_provider: for its provider of tokens, who may be a public one: `ca_file` is trusted besides.
 
         Raises:
             Permanent: the file of trusted certificates cannot be used.
         """
         try:
-            return ssl.create_default_context(cafile=self.ca_file or None)
+            context = ssl.create_default_context(cafile=None if of_provider else self.ca_file or None)
+            if of_provider and self.ca_file:
+                context.load_verify_locations(self.ca_file)
+            return context
         except (OSError, ssl.SSLError) as error:
             raise Permanent(f"{self.ca_file}: {error}") from None
 

@@ -15,11 +15,13 @@ import asyncio
 import re
 import ssl
 import time
+from codecs import BOM_UTF8
 from urllib.parse import urlencode, urlsplit
 
 import h11
 import jwt
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -54,6 +56,9 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     private_key_id: str = ""
     scope: str = ""
 
+    def __repr__(self) -> str:
+        return f"Grant({self.url!r})"  # the rest is secret
+
     @property
     def url(self) -> str:
         """Where tokens are asked for."""
@@ -87,18 +92,19 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
         return form
 
 
-def parse(text: str) -> Grant:
-    """A token file.
+def parse(text: str | bytes) -> Grant:
+    """A token file, in UTF-8.
 
     Raises:
         BadRequest: it is none; nothing of what it says is in the error.
     """
-    if len(text.encode("utf-8", "replace")) > _LONGEST_FILE:
-        raise BadRequest(f"A token file has at most {_LONGEST_FILE} bytes.")
     try:
-        grant = msgspec.json.decode(text, type=Grant)
-    except (msgspec.DecodeError, UnicodeError):
-        raise BadRequest("A token file is JSON: one object, its values in quotes.") from None
+        data = text.encode("utf-8") if isinstance(text, str) else text
+        if len(data) > _LONGEST_FILE:
+            raise BadRequest(f"A token file has at most {_LONGEST_FILE} bytes.")
+        grant = msgspec.json.decode(data.removeprefix(BOM_UTF8), type=Grant)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise BadRequest("A token file is JSON in UTF-8: one object, its values in quotes.") from None
     if not _is_https(grant.url):
         raise BadRequest("The token file's token_uri is an https address.")
     if grant.private_key:
@@ -125,13 +131,22 @@ def _is_https(url: str) -> bool:
 def _require_key(pem: str) -> None:
     try:
         key = load_pem_private_key(pem.encode("utf-8"), None)
-    except (ValueError, TypeError, UnicodeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise BadRequest("The token file's private_key is no PEM key.") from None
     if not isinstance(key, RSAPrivateKey) or key.key_size < _KEY_BITS:
         raise BadRequest(f"The token file's private_key is no RSA key of {_KEY_BITS} bits or more.")
 
 
-def written(text: str) -> str:
+def is_file(text: str) -> bool:
+    """Whether it is a token file rather than a password or a token."""
+    try:
+        parse(text)
+    except BadRequest:
+        return False
+    return True
+
+
+def written(text: str | bytes) -> str:
     """A token file on one line, with what is needed of it alone.
 
     Raises:
@@ -166,11 +181,22 @@ async def obtain(
             raise Permanent(f"{host} cannot be trusted: {error.verify_message}") from None
         except TimeoutError:
             last = Temporary(f"{host} gives no access token within {timeout_s:.0f} s")
-        except (OSError, ssl.SSLError, h11.RemoteProtocolError) as error:
+        except h11.RemoteProtocolError:  # its text holds what the provider said
+            last = Temporary(f"{host} gives no access token: its answer is no HTTP, or too long")
+        except (OSError, ssl.SSLError) as error:
             last = Temporary(f"{host}: {getattr(error, 'strerror', None) or error}")
         else:
             return _token(host, status, answer)
     raise last
+
+
+def authority(host: str, port: int) -> str:
+    """What `Host` says of an https server.
+
+    Spec: RFC 9110 §7.2, RFC 3986 §3.2.2.
+    """
+    name = f"[{host}]" if ":" in host else host
+    return name if port == 443 else f"{name}:{port}"
 
 
 async def _post(
@@ -183,7 +209,7 @@ async def _post(
             method="POST",
             target=target,
             headers=[
-                ("Host", host if port == 443 else f"{host}:{port}"),
+                ("Host", authority(host, port)),
                 ("Content-Type", "application/x-www-form-urlencoded"),
                 ("Content-Length", str(len(form))),
                 ("Accept", "application/json"),
@@ -217,7 +243,7 @@ class _Said(msgspec.Struct):
 def _token(host: str, status: int, answer: bytes) -> str:
     try:
         said = msgspec.json.decode(answer, type=_Said)
-    except (msgspec.DecodeError, UnicodeError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         said = _Said()
     if status == 200 and _TOKEN.fullmatch(said.access_token):
         return said.access_token

@@ -185,8 +185,16 @@ def _private_folder(near: str) -> Iterator[Path]:
         with contextlib.suppress(OSError), _locked(left) as descriptor:
             if os.fstat(descriptor).st_uid == os.geteuid():
                 shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=_COPIES, dir=near) as name, _locked(Path(name)):
-        yield Path(name)
+    with contextlib.ExitStack() as stack:
+        while True:
+            made = tempfile.TemporaryDirectory(prefix=_COPIES, dir=near, ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+            # A restore of another store may take it for one that was left, until it is locked.
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                stack.enter_context(_locked(folder))
+                if folder.exists():
+                    break
+        yield folder
 
 
 @contextlib.contextmanager
