@@ -69,7 +69,7 @@ ON_S3 = {"sqlite": "kills", "postgresql": "store"}  # one of the two on each: ha
 # Do not look at the target: once is enough.
 ONCE = {"start", "deploy", "jobs", "restore", "seen", "dovecot", "dovecot24", "mail_import", "import24"}
 # With what dovecot_tree.sh unpacked, and which checks.
-IN_TREE = {"dovecot24": "", "import24": "between_two_dovecots or read_by_dovecot"}
+IN_TREE = {"dovecot24": "", "import24": "between_two_dovecots or read_by_dovecot or behind_tokens"}
 PART_TIMEOUT_S = 600
 
 

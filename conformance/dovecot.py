@@ -29,7 +29,7 @@ listen = 127.0.0.1
 ssl = {ssl}
 {certificate}
 disable_plaintext_auth = no
-auth_mechanisms = plain login
+auth_mechanisms = plain login {mechanisms}
 mail_location = maildir:{folder}/mail/%u
 mail_fsync = {fsync}
 mail_max_userip_connections = 200
@@ -48,8 +48,10 @@ protocol imap {{
 }}
 passdb {{
   driver = static
+  mechanisms = plain login
   args = password={password}
 }}
+{tokens}
 userdb {{
   driver = static
   args = uid={uid} gid={gid} home={folder}/mail/%u
@@ -88,7 +90,7 @@ listen = 127.0.0.1
 ssl = {ssl}
 {certificate}
 auth_allow_cleartext = yes
-auth_mechanisms = plain login
+auth_mechanisms = plain login {mechanisms}
 mail_driver = maildir
 mail_path = {folder}/mail/%{{user}}
 mail_fsync = {fsync}
@@ -111,8 +113,10 @@ protocol imap {{
   }}
 }}
 passdb static {{
+  mechanisms_filter = plain login
   password = {password}
 }}
+{tokens}
 userdb static {{
   fields {{
     uid = {uid}
@@ -147,6 +151,25 @@ service stats {{
 _CERTIFICATE = {
     "2.3": "ssl_cert = <{}\nssl_key = <{}",
     "2.4": "ssl_server_cert_file = {}\nssl_server_key_file = {}",
+}
+_TOKENS = {
+    "2.3": """
+passdb {{
+  driver = oauth2
+  mechanisms = xoauth2
+  args = {folder}/oauth2.conf
+}}
+""",
+    "2.4": """
+oauth2 {{
+  introspection_url = {url}
+  introspection_mode = get
+  username_attribute = user
+}}
+passdb oauth2 {{
+  mechanisms_filter = xoauth2
+}}
+""",
 }
 
 # -- where its programs are --------------------------------------------------------------------------
@@ -257,12 +280,14 @@ def serving(
     prefix: str = "",
     fsync: str = "never",
     certificate: tuple[Path, Path] | None = None,
+    tokens_url: str = "",
     idle: int = 0,
 ) -> Iterator[Dovecot]:
     """A Dovecot of its own in a folder; ended with all its processes.
 
     Args:
         certificate: (certificate, key) in PEM; None = no TLS.
+        tokens_url: says of the token at its end whose it is, for XOAUTH2; "" = no such log-in.
         idle: processes that wait for a log-in, so that none is started in a measurement.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -283,6 +308,8 @@ def serving(
         "tls_port": tls_port if certificate else 0,
         "ssl": "yes" if certificate else "no",
         "certificate": _CERTIFICATE[version()].format(*certificate) if certificate else "",
+        "mechanisms": "xoauth2" if tokens_url else "",
+        "tokens": _TOKENS[version()].format(folder=folder, url=tokens_url) if tokens_url else "",
         "separator": separator,
         "prefix": prefix,
         "fsync": fsync,
@@ -294,6 +321,11 @@ def serving(
         "password": PASSWORD,
         "idle": idle,
     }
+    if tokens_url:  # of 2.3
+        oauth2 = folder / "oauth2.conf"
+        oauth2.write_text(
+            f"introspection_url = {tokens_url}\nintrospection_mode = get\nusername_attribute = user\n"
+        )
     config = folder / "dovecot.conf"
     config.write_text(_CONFIG[version()].format(**values))
     process = subprocess.Popen(

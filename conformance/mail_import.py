@@ -23,12 +23,15 @@ import pytest
 import sqlalchemy as sa
 
 from conformance import dovecot, mail_corpus, mailboxes, mbsync
+from conformance.certificates import Authority
 from conformance.dovecot import PASSWORD, Dovecot
 from conformance.imap_server import GMAIL, Account, GmailAccount, Mail, Server, serving
 from conformance.import_worker import Office, office
 from conformance.mailboxes import Found
 from conformance.servers import PostgreSQL, postgresql
 from conformance.tap import tapped
+from conformance.token_provider import providing
+from ksync_server.mailimport import tokens
 from ksync_server.store import tables as t
 
 KILLS = int(os.environ.get("KSYNC_IMPORT_KILLS", "5"))
@@ -124,6 +127,38 @@ def test_between_two_dovecots_nothing_is_lost_doubled_or_altered(
         report = imported(running, number)
     assert arrived(place, user) == place.expected
     assert (report["found"], report["copied"], report["checked"]) == (MESSAGES, MESSAGES, MESSAGES)
+
+
+def test_a_mailbox_behind_tokens_arrives_though_each_of_them_works_once(
+    place: Place, store: Store, tmp_path: Path
+) -> None:
+    """XOAUTH2 as Dovecot speaks it; a token is worth nothing any more once there is a newer one."""
+    user = f"tokens-{store.name}@example.org"
+    authority = Authority(tmp_path / "authority")
+    with (
+        providing(authority) as provider,
+        tempfile.TemporaryDirectory(prefix="ksync-mail-", ignore_cleanup_errors=True) as name,
+        office(store.url, tmp_path) as running,
+    ):
+        Path(name).chmod(0o755)
+        provider.user = SOURCE
+        url = f"http://127.0.0.1:{provider.plain_port}/info?token="
+        with dovecot.serving(Path(name) / "there", tokens_url=url) as there:
+            mailboxes.fill(there.port, SOURCE, PASSWORD, mail_corpus.generate(200))
+            expected = mailboxes.content(there.port, SOURCE, PASSWORD)
+            file = provider.file(client_id="id", client_secret="client-secret", scope="mail")
+            number = running.desk.order(
+                there.port,
+                place.here.port,
+                source={"user": SOURCE, "mechanism": "oauth2", "ca_file": str(authority.file)},
+                source_secret=tokens.written(file),
+                target_secret=PASSWORD,
+                target_user=user,
+            )
+            given = running.finish_killed(number, kills=2, messages=200, seed=1, within_s=120)
+        imported(running, number)
+    assert arrived(place, user) == expected
+    assert len(provider.forms) >= given + 1 >= 2
 
 
 def test_a_maildir_is_read_by_dovecot_and_through_it_by_mbsync(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from conformance.certificates import Authority
 
@@ -27,6 +27,8 @@ class Provider:
     forms: list[dict[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     answer: Callable[[int], tuple[int, bytes]] = _give
+    user: str = ""  # whose the newest token is; the others are worth nothing any more
+    plain_port: int = 0  # where it says so without TLS: `/info?token=`
 
     def file(self, **fields: str) -> str:
         """A token file that leads here."""
@@ -51,21 +53,35 @@ def providing(authority: Authority) -> Iterator[Provider]:
             self.end_headers()
             self.wfile.write(answer)
 
+        def do_GET(self) -> None:
+            """Whose a token is, for a server that is shown one (RFC 7662, as Dovecot asks)."""
+            asked = dict(parse_qsl(urlsplit(self.path).query))
+            known = bool(found.forms) and asked.get("token") == f"t{len(found.forms)}"
+            answer = json.dumps({"active": known, "user": found.user}).encode()
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
         def log_message(self, *arguments: object) -> None:
             """Nothing."""
 
+    plain = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found.plain_port = plain.server_address[1]
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
     pair = authority.issue("provider", "localhost")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair.certificate, pair.key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     found.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    threads = [threading.Thread(target=each.serve_forever) for each in (server, plain)]
+    for thread in threads:
+        thread.start()
     try:
         yield found
     finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        for each, thread in zip((server, plain), threads, strict=True):
+            each.shutdown()
+            thread.join()
+            each.server_close()
