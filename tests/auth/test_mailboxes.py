@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import sqlalchemy as sa
 
 from ksync_server import background
 from ksync_server.auth import accounts, directory, mailboxes, offers, organizations, products, removal
@@ -13,6 +14,7 @@ from ksync_server.auth.audit import Actor
 from ksync_server.auth.mailboxes import Mailbox
 from ksync_server.auth.rules import Service
 from ksync_server.errors import BadRequest, ClientError, Conflict, Forbidden, NotAuthenticated, NotFound
+from ksync_server.store import tables as t
 from ksync_server.store.database import Write
 from tests.auth.harness import SYNC_HOST, Door
 
@@ -219,6 +221,15 @@ def test_a_deleted_address_stops_as_a_login_and_its_owner_gets_a_temporary_one(d
         deleted = directory.audit(tx, subject="alice@example.org")[0]
     assert (deleted["action"], deleted["detail"]["account"]) == ("mailbox.delete", alice.sync_id)
     assert len(deleted["detail"]["folder"]) == 32, "whoever looks for the mail finds where it was"
+
+
+def test_a_mailbox_is_not_deleted_while_an_import_fills_it(door: Door) -> None:
+    box = door.mailbox("a@example.org", home=door.organization("mail-starter"))
+    row = {"source": "{}", "target": "{}", "options": "{}", "state": "paused", "passes": 1, "created_at": 0}
+    door.write(lambda tx: tx.execute(sa.insert(t.mail_import).values(mailbox_id=box.id, **row)))
+    refused(Conflict, "import mail cancel 1", lambda: door.write(lambda tx: mailboxes.delete(tx, box, ())))
+    door.write(lambda tx: tx.execute(sa.update(t.mail_import).values(state="cancelled", ended_at=1)))
+    door.write(lambda tx: mailboxes.delete(tx, box, ()))
 
 
 def test_an_organization_with_mailboxes_is_not_deleted(door: Door) -> None:

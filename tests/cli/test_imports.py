@@ -156,7 +156,7 @@ def test_a_destination_without_room_is_found_before_anything_is_queued(shell: Sh
     target = Server(Account(password=SECRET, quota_bytes=50_000))
     with serving(source) as there, serving(target) as here:
         said = shell.refusal("import", "mail", "start", *asked(there, here), given=f"{SECRET}\n{SECRET}\n")
-    assert "has room for 0 MB" in said
+    assert "has room for 0.05 MB" in said
     assert not rows(shell, "job")
 
 
@@ -355,6 +355,7 @@ def test_again_with_the_other_kind_of_secret_is_refused_before_anything_is_queue
     (tmp_path / "tokens.json").write_text(TOKENS)
     words = ["import", "mail", "start", *asked(1, tmp_path / "mail"), "--untried"]
     shell.json(*words, "--token-file", str(tmp_path / "tokens.json"), given="")
+    words = ["import", "mail", "start", *asked(1, tmp_path / "other"), "--untried"]
     shell.json(*words, given="password\n")
     for number in ("1", "2"):
         shell.json("import", "mail", "cancel", number)
@@ -397,3 +398,58 @@ def test_rows_bring_token_files_of_their_own(tmp_path: Path) -> None:
         ("e", "oauth2"),
         ("f", "xoauth2"),
     ]
+
+
+def test_one_import_at_a_time_goes_one_way(shell: Shell, source: Server, tmp_path: Path) -> None:
+    """Two at once would both add what neither has a row for."""
+    people = tmp_path / "people.csv"
+    with serving(source) as there:
+        start = ["import", "mail", "start", *asked(there, tmp_path / "mail")]
+        shell.json(*start, "--untried", given=SECRET)
+        said = shell.refusal(*start, given=SECRET)
+        assert "Import 1 copies the same mailbox there already" in said
+        row = f"127.0.0.1,{there},none,ALICE@example.org,{SECRET},{tmp_path}/%s\n"
+        people.write_text("host,port,security,user,password,to_maildir\n" + row % "free" + row % "mail")
+        assert "Line 3: Import 1 copies" in shell.refusal("import", "mail", "bulk", str(people))
+        assert [each["id"] for each in shell.json("import", "mail", "list")] == [1]
+        shell.json("import", "mail", "cancel", "1")
+        made = shell.json(*start, "--here", given=SECRET)
+        assert (made["state"], made["report"]["copied"]) == ("done", 30)
+        shell.json("import", "mail", "start", *asked(there, tmp_path / "other"), "--untried", given=SECRET)
+
+
+def test_who_waits_for_an_import_that_fails_is_told_by_the_exit_code(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    with serving(source) as there:
+        start = ["import", "mail", "start", *asked(there, tmp_path / "mail"), "--untried", "--here"]
+        assert "refuses the log-in" in shell.run(*start, given="wrong", code=1).output
+    assert shell.json("import", "mail", "show", "1")["state"] == "failed"
+
+
+def test_mistakes_of_the_command_line_are_named(shell: Shell, tmp_path: Path) -> None:
+    words = ["import", "mail", "start", "--host", "mail.example.org", "--user", "me"]
+    assert "--to-host needs --to-user" in shell.refusal(*words, "--to-host", "x.example.org", given="a\nb\n")
+    both = ["--to-maildir", str(tmp_path), "--to-host", "x.example.org"]
+    assert "once" in shell.refusal(*words, *both, given="a\n")
+    (tmp_path / "people.csv").write_text("host,user,password,to_maildir\n")
+    assert "lists no mailbox" in shell.refusal("import", "mail", "bulk", str(tmp_path / "people.csv"))
+    assert "Raises" not in shell.run("import", "mail", "bulk", "--help").output
+
+
+def test_a_port_without_tls_and_one_where_nobody_is_are_told_apart(
+    shell: Shell, source: Server, tmp_path: Path
+) -> None:
+    with serving(source) as there:
+        words = ["import", "mail", "plan", *asked(there, tmp_path / "mail"), "--security", "tls"]
+        assert f"no TLS is spoken on port {there}" in shell.refusal(*words, given=SECRET)
+    words = ["import", "mail", "plan", *asked(there, tmp_path / "mail")]
+    assert f"nobody answers at 127.0.0.1, port {there}" in shell.refusal(*words, given=SECRET)
+
+
+def test_whoever_cannot_be_told_is_named(shell: Shell, source: Server, tmp_path: Path) -> None:
+    shell.config.write_text(shell.config.read_text().replace('relay = "relay.example.org"\n', ""))
+    with serving(source) as there:
+        start = ["import", "mail", "start", *asked(there, tmp_path / "mail"), "--untried"]
+        said = shell.run(*start, "--notify", "boss@example.org", given=SECRET).output
+    assert "Nobody will be told: mail.relay is not set" in said

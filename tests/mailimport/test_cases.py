@@ -446,3 +446,15 @@ def test_two_folders_that_become_one_in_a_maildir_keep_messages_that_are_alike(
         report = move.go(options={"rename": [["One", "Both"], ["Two", "Both"]]})
     exact(report, 2)
     assert len(list((root / ".Both" / "cur").iterdir())) == 2
+
+
+def test_inbox_is_one_folder_in_whatever_letters(lite: Database, tmp_path: Path) -> None:
+    """A server may list the parent of `Inbox/Old` beside INBOX, and opens INBOX for both."""
+    source, target = filled(), Server()
+    source.account.add("Inbox/Old", BODY % (9, 9))
+    source.account.create("Inbox") if "Inbox" not in source.folders else None
+    with moving(lite, tmp_path, source, target) as move:
+        report = move.go()
+        assert (move.state, report["copied"], report["found"]) == ("done", 6, 6)
+    assert len(bodies(target)) == 5
+    assert len(bodies(target, "INBOX/Old")) == 1

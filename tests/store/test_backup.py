@@ -440,6 +440,34 @@ def test_what_was_revoked_since_the_backup_stays_revoked_and_the_rest_is_told(
     assert _works(store) == []
 
 
+def test_mailboxes_and_their_passwords_that_were_closed_since_stay_closed(store: Store, folder: Path) -> None:
+    home = store.insert(t.organization, name="Example", created_at=0)
+
+    def mailbox(name: str) -> int:
+        address = f"{name}@example.org"
+        keys = {"address": address, "address_key": address, "folder": f"f-{name}"}
+        number = store.insert(t.mailbox, organization_id=home, created_at=0, **keys)
+        password = {"name": f"{name} phone", "digest": b"", "key_id": "1", "created_at": 0}
+        store.insert(t.device_password, lookup=name, mailbox_id=number, **password)
+        return number
+
+    numbers = [mailbox(name) for name in ("open", "shut", "lost")]
+    store.back_up(folder)
+    store.run(sa.update(t.mailbox).where(t.mailbox.c.id == numbers[1]).values(state="suspended"))
+    lost = t.device_password.c.mailbox_id == numbers[2]
+    store.run(sa.update(t.device_password).where(lost).values(revoked_at=7))
+    mailbox("late")
+    report = store.restore(folder, force=True)
+    states = sa.select(t.mailbox.c.state).order_by(t.mailbox.c.id)
+    assert store.database.fast(states) == [("active",), ("suspended",), ("active",)]
+    revoked = sa.select(t.device_password.c.revoked_at).order_by(t.device_password.c.id)
+    assert store.database.fast(revoked) == [(None,), (None,), (7,)]
+    assert (report.passwords_active, report.passwords_revoked) == (2, 1)
+    assert report.mailboxes_gone == ["late@example.org: f-late"]
+    store.restore(folder, force=True, revoke_passwords=True)
+    assert None not in {row[0] for row in store.database.fast(revoked)}
+
+
 def test_locks_stages_and_claims_of_the_past_are_gone_and_the_audit_log_goes_on(
     store: Store, folder: Path
 ) -> None:

@@ -214,8 +214,15 @@ def delete(tx: Write, mailbox: Mailbox, hosted: Iterable[str], actor: Actor = OP
 
     Raises:
         Forbidden: the actor does not manage the organization.
+        Conflict: an import is filling it.
     """
     _manage(tx, mailbox, actor)
+    c = t.mail_import.c
+    filling = tx.scalar(sa.select(c.id).where(c.mailbox_id == mailbox.id, c.ended_at.is_(None)).limit(1))
+    if filling is not None:
+        raise Conflict(
+            f"Import {filling} is filling {mailbox.address}: `import mail cancel {filling}` first."
+        )
     detail: dict[str, object] = {
         "organization": mailbox.organization_id,
         "account": _name(owner_of(tx, mailbox)),

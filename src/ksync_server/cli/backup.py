@@ -137,7 +137,11 @@ def backup(
 @click.option("--quick", is_flag=True, help="Compare sizes of files, not every byte.")
 @click.option("--accept-damaged", is_flag=True, help="Restore although the bytes of some files are lost.")
 @click.option("--accept-other-keys", is_flag=True, help="Restore although the key file is not the backup's.")
-@click.option("--revoke-app-passwords", is_flag=True, help="Revoke all of them, as after an intrusion.")
+@click.option(
+    "--revoke-app-passwords",
+    is_flag=True,
+    help="Revoke them all, and device passwords, as after an intrusion.",
+)
 @configured
 @_as_json
 @_pass
@@ -154,8 +158,9 @@ def restore(
 ) -> None:
     """Put the backup in FOLDER in the place of the store; a server that runs goes on with it.
 
-    Clients are answered 503 for the moment of the switch, and then sync anew. Application passwords revoked
-    since the backup stay revoked where the replaced store knows it.
+    Clients are answered 503 for the moment of the switch, and then sync anew. Where the replaced store knows
+    it, passwords of applications and devices that were revoked since the backup stay revoked, and accounts
+    and mailboxes that were suspended stay suspended.
     """
     settings = context.settings()
     found = Bundle(folder).state(state)
@@ -195,13 +200,15 @@ def _told(report: restores.Restored) -> str:
     taken = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(report.taken_at))
     lines = [
         f"Restored {report.state} as of {taken}: {report.rows} rows, {report.extents_added} extents added.",
-        f"Application passwords: {report.passwords_active} work,"
+        f"Application and device passwords: {report.passwords_active} work,"
         f" {report.passwords_revoked} stayed revoked or were revoked.",
     ]
     if report.passwords_revived:
         lines.append("Work again, unknown to the replaced store: " + ", ".join(report.passwords_revived))
     if report.accounts_reverted:
         lines.append("Password, second factor or state went back for: " + ", ".join(report.accounts_reverted))
+    if report.mailboxes_gone:
+        lines.append("Mailboxes made since are gone, their mail is in: " + ", ".join(report.mailboxes_gone))
     if report.damaged:
         lines.append(f"The bytes of {len(report.damaged)} files are lost: run verify.")
     if report.jobs_ready:

@@ -134,7 +134,7 @@ def _order(
     mechanism = mechanism if token_file is None else "oauth2"
     source = orders.server(host, user, port=port, security=security, mechanism=mechanism, ca_file=ca_file)
     if sum(each is not None for each in (to_mailbox, to_maildir, to_host)) != 1:
-        raise BadRequest("Say where it goes: --to-mailbox, --to-maildir or --to-host.")
+        raise BadRequest("Say where it goes, once: --to-mailbox, --to-maildir or --to-host.")
     pairs = tuple(each.partition("=")[::2] for each in rename)
     if not all(all(pair) for pair in pairs):
         raise BadRequest("--rename takes FOLDER=FOLDER.")
@@ -146,6 +146,8 @@ def _order(
     elif to_maildir is not None:
         target = orders.maildir_target(to_maildir)
     else:
+        if not to_user:
+            raise BadRequest("--to-host needs --to-user.")
         there = orders.server(to_host or "", to_user, port=to_port, security=to_security, ca_file=ca_file)
         target = orders.imap_target(there)
     first, second = _secrets(password_file, token_file, mechanism, to_host is not None)
@@ -202,17 +204,22 @@ def _mail_start(
     services: Services, bodies: bool, notify: str, untried: bool, wait: bool, here: bool, **said: Any
 ) -> Answer:
     """Import a mailbox in the background."""
-    order = _order(services, **said, bodies=bodies, notify=_address(notify))
+    order = _order(services, **said, bodies=bodies, notify=_told(services, notify))
     if not untried:
         orders.require_room(asyncio.run(orders.survey(services.settings, order)))
     number = services.database.write(lambda tx: orders.place(tx, services.settings, services.keys, order))
     return _started(services, number, wait=wait, here=here)
 
 
-def _address(text: str) -> str:
-    if text and not MAIL_ADDRESS.fullmatch(text):
-        raise BadRequest(f"{text!r} is no e-mail address.")
-    return text
+def _told(services: Services, address: str) -> str:
+    """Who is told the end."""
+    if address and not MAIL_ADDRESS.fullmatch(address):
+        raise BadRequest(f"{address!r} is no e-mail address.")
+    if address and not services.settings.mail.relay:
+        click.echo(
+            f"Nobody will be told: mail.relay is not set, so nothing can be sent to {address}.", err=True
+        )
+    return address
 
 
 # -- meanwhile and after ----------------------------------------------------------------------------
@@ -249,7 +256,7 @@ def _started(services: Services, number: int, *, wait: bool, here: bool) -> Answ
         _work(services, number)
     if wait or here:
         _watch(services, number)
-        return _shown(services, number)
+        return _shown(services, number, waited=True)
     with services.database.read() as tx:
         job = records.get(tx, number).job_id
     return Answer(
@@ -316,7 +323,7 @@ def _said(job: dict[str, Any]) -> str:
 def _mail_watch(services: Services, number: int) -> Answer:
     """Show how far an import is until it ends, then its report."""
     _watch(services, number)
-    return _shown(services, number)
+    return _shown(services, number, waited=True)
 
 
 @command(mail, "show")
@@ -326,7 +333,7 @@ def _mail_show(services: Services, number: int) -> Answer:
     return _shown(services, number)
 
 
-def _shown(services: Services, number: int) -> Answer:
+def _shown(services: Services, number: int, *, waited: bool = False) -> Answer:
     with services.database.read() as tx:
         imported = records.get(tx, number)
     state, job = _state(services, number)
@@ -345,13 +352,13 @@ def _shown(services: Services, number: int) -> Answer:
         text = f"Import {number} is {state}: {_said(job) if job else '-'}"
     else:
         text = "\n".join(letters.words(imported, state, imported.report))
-    if imported.report is not None and state == "incomplete":
+    if state == "incomplete" or (waited and state in ("failed", "cancelled")):
         click.get_current_context().call_on_close(_incomplete)
     return Answer(data, text)
 
 
 def _incomplete() -> None:
-    """Something was refused: scripts see it."""
+    """Not all of it came: scripts see it."""
     raise click.exceptions.Exit(1)
 
 
@@ -408,6 +415,7 @@ def _mail_cancel(services: Services, number: int) -> Answer:
     "--organization", "organization_id", type=int, help="Make the mailboxes that are missing, as its."
 )
 @_token_file
+@click.option("--ca-file", default="", help="Certificates to trust instead of the system's.")
 def _mail_bulk(
     services: Services,
     file: TextIO,
@@ -416,24 +424,25 @@ def _mail_bulk(
     good_rows: bool,
     organization_id: int | None,
     token_file: BinaryIO | None,
+    ca_file: str,
 ) -> Answer:
-    """Import many mailboxes that a CSV file lists; all rows are checked before any log-in.
+    """Import many mailboxes that a CSV file lists; all rows are checked before any log-in, and where some are
+    bad nothing is queued without --good-rows.
 
     Columns: host, user, password; to_mailbox, or to_maildir, or to_host with to_user and to_password; where
     needed port, security, mechanism, to_port, to_security, into, notify. --token-file is for rows without a
     password.
-
-    Raises:
-        BadRequest: rows are bad and --good-rows is not given; nothing was queued.
     """
     token = "" if token_file is None else tokens.written(token_file.read())
     try:
         text = file.read()
     except UnicodeDecodeError:
         raise BadRequest("The file of imports is not in UTF-8.") from None
-    rows, mistakes = orders.parse(text, notify=_address(notify), token_file=token)
+    rows, mistakes = orders.parse(text, notify=_told(services, notify), token_file=token, ca_file=ca_file)
     for mistake in mistakes:
         click.echo(f"line {mistake.line}: {mistake.text}", err=True)
+    if not rows and not mistakes:
+        raise BadRequest("The file lists no mailbox below its first line.")
     if not rows or (mistakes and not good_rows):
         raise BadRequest(f"{len(mistakes)} bad rows; nothing is imported. --good-rows imports the others.")
     called = name or Path(file.name).name

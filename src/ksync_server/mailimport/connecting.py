@@ -100,10 +100,18 @@ async def _reached(
             raise Untrusted(f"{server.host} cannot be trusted: {error.verify_message}") from None
         except TimeoutError:
             last = Temporary(f"{server.host} does not answer within {settings.connect_timeout_s:.0f} s")
+        except ConnectionRefusedError:
+            last = Temporary(f"nobody answers at {server.host}, port {server.port}")
         except (OSError, ssl.SSLError) as error:
-            last = Temporary(f"{server.host}: {error.strerror or error}")
+            last = Temporary(f"{server.host}: {_reason(error, server)}")
         else:
             # On this machine compression costs more than it saves.
             return made, answered_s > _FAR_S and not is_loopback(address)
     assert last is not None
     raise last
+
+
+def _reason(error: OSError, server: Server) -> str:
+    if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+        return f"no TLS is spoken on port {server.port}: it may be another port, or `starttls`"
+    return error.strerror or str(error)

@@ -288,7 +288,7 @@ class MaildirSink:
         new = sum(parcel.size for parcel in parcels if self._handle(parcel, origin) not in files)
         if self._quota is not None:
             if self._in_use() + new > self._quota:
-                raise Full(f"the mailbox may have {self._quota / 1e6:.0f} MB, and they are used")
+                raise Full(f"the mailbox may have {self._quota / 1e6:,.2f} MB, and they are used")
             self._used = self._in_use() + new
         for parcel in parcels:
             message = parcel.message

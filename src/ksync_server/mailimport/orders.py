@@ -17,7 +17,7 @@ from ksync_server import settings as configuration
 from ksync_server.auth import mailboxes
 from ksync_server.auth.keys import Keys
 from ksync_server.auth.mailboxes import Mailbox
-from ksync_server.errors import BadRequest, Permanent
+from ksync_server.errors import BadRequest, Conflict, Permanent
 from ksync_server.mailimport import passes, plan, records, tokens
 from ksync_server.mailimport.connecting import connect
 from ksync_server.mailimport.plan import Map, Options
@@ -113,9 +113,19 @@ def mailbox_target(mailbox: Mailbox) -> dict[str, Any]:
 
 
 def place(
-    tx: Write, settings: configuration.Settings, keys: Keys, order: Order, *, batch_id: int | None = None
+    tx: Write,
+    settings: configuration.Settings,
+    keys: Keys,
+    order: Order,
+    *,
+    batch_id: int | None = None,
+    taken: Mapping[tuple[str, ...], int] | None = None,
 ) -> int:
-    """Make an import of an order and queue its first pass; its number."""
+    """Make an import of an order and queue its first pass; its number.
+
+    Raises:
+        Conflict: see `passes.queue`, whose `taken` this is too.
+    """
     number = records.create(
         tx,
         source=msgspec.to_builtins(order.source),
@@ -125,7 +135,8 @@ def place(
         batch_id=batch_id,
         mailbox_id=None if order.mailbox is None else order.mailbox.id,
     )
-    passes.queue(tx, settings, number, sealed(keys, order.source_secret, order.target_secret))
+    secrets = sealed(keys, order.source_secret, order.target_secret)
+    passes.queue(tx, settings, number, secrets, taken=taken)
     return number
 
 
@@ -230,8 +241,8 @@ def require_room(found: Survey) -> None:
     """
     if found.room is not None and found.bytes > found.room:
         raise Permanent(
-            f"The destination has room for {found.room / 1e6:.0f} MB,"
-            f" the import needs {found.bytes / 1e6:.0f} MB."
+            f"The destination has room for {found.room / 1e6:,.2f} MB,"
+            f" the import needs {found.bytes / 1e6:,.2f} MB."
         )
 
 
@@ -260,7 +271,9 @@ class Mistake:
     text: str
 
 
-def parse(text: str, *, notify: str = "", token_file: str = "") -> tuple[list[Row], list[Mistake]]:
+def parse(
+    text: str, *, notify: str = "", token_file: str = "", ca_file: str = ""
+) -> tuple[list[Row], list[Mistake]]:
     """A CSV file of imports, checked as a whole; no server is asked.
 
     Its first line names the columns: host, user and password; then to_mailbox, to_maildir, or to_host with
@@ -268,6 +281,7 @@ def parse(text: str, *, notify: str = "", token_file: str = "") -> tuple[list[Ro
 
     Args:
         token_file: on one line (`tokens.written`), for the rows without a password.
+        ca_file: certificates to trust instead of the system's, at all servers.
 
     Raises:
         BadRequest: no such file: a column that nobody knows, or none of the needed ones.
@@ -298,7 +312,9 @@ def parse(text: str, *, notify: str = "", token_file: str = "") -> tuple[list[Ro
             try:
                 if None in values:
                     raise BadRequest("It has more values than there are columns.")
-                row = _row(line, {name: (value or "") for name, value in values.items()}, notify, token_file)
+                row = _row(
+                    line, {name: (value or "") for name, value in values.items()}, notify, token_file, ca_file
+                )
                 target = row.mailbox or json.dumps(row.order.target, sort_keys=True)
                 key = (row.order.source.host.lower(), row.order.source.user.lower(), target.lower())
                 if key in seen:
@@ -319,7 +335,7 @@ def _dialect(text: str) -> type[csv.Dialect]:
     return Found
 
 
-def _row(line: int, values: Mapping[str, str], notify: str, token_file: str) -> Row:
+def _row(line: int, values: Mapping[str, str], notify: str, token_file: str, ca_file: str) -> Row:
     def number(name: str) -> int | None:
         text = values.get(name, "").strip()
         if text and not text.isdigit():
@@ -335,6 +351,7 @@ def _row(line: int, values: Mapping[str, str], notify: str, token_file: str) -> 
         port=number("port"),
         security=values.get("security", "").strip().lower() or "tls",
         mechanism=mechanism,
+        ca_file=ca_file,
     )
     targets = [name for name in ("to_mailbox", "to_maildir", "to_host") if values.get(name, "").strip()]
     if len(targets) != 1:
@@ -356,6 +373,7 @@ def _row(line: int, values: Mapping[str, str], notify: str, token_file: str) -> 
                 values.get("to_user", "").strip(),
                 port=number("to_port"),
                 security=values.get("to_security", "").strip().lower() or "tls",
+                ca_file=ca_file,
             )
         )
         target_secret = secret(values.get("to_password", ""))
@@ -387,8 +405,9 @@ def place_all(
         make: gives the mailbox of an address.
 
     Raises:
-        ClientError: from `make`; nothing is queued.
+        ClientError: from `make`, or an import goes the same way already; nothing is queued.
     """
+    taken = records.ways(tx)
     batch = records.create_batch(tx, name, notify)
     made = []
     for row in rows:
@@ -396,5 +415,8 @@ def place_all(
         if row.mailbox:
             mailbox = make(tx, row.mailbox)
             order = replace(order, mailbox=mailbox, target=mailbox_target(mailbox))
-        made.append(place(tx, settings, keys, order, batch_id=batch))
+        try:
+            made.append(place(tx, settings, keys, order, batch_id=batch, taken=taken))
+        except Conflict as error:
+            raise Conflict(f"Line {row.line}: {error}") from None
     return batch, made

@@ -53,20 +53,30 @@ SOURCE, TARGET = "source password", "destination password"  # names of secrets
 _DOUBLINGS = 20  # of a pause; the longest comes first
 
 
-def queue(tx: Write, settings: configuration.Settings, number: int, secrets: Mapping[str, bytes]) -> int:
+def queue(
+    tx: Write,
+    settings: configuration.Settings,
+    number: int,
+    secrets: Mapping[str, bytes],
+    *,
+    taken: Mapping[tuple[str, ...], int] | None = None,
+) -> int:
     """Queue a pass of an import.
 
     Args:
         secrets: sealed, by SOURCE and TARGET.
+        taken: where the others go (`records.ways`); None = it is looked up.
 
     Returns:
         The job's id.
 
     Raises:
         NotFound: no such import.
-        Conflict: a pass of it is under way.
+        Conflict: a pass of it is under way, or another import goes the same way.
     """
     imported = records.get(tx, number)
+    others = records.ways(tx, but=number) if taken is None else taken
+    records.require_free(others, records.way(imported.source, imported.target))
     host = imported.source["host"].lower()
     job_id = jobs.enqueue(
         tx,

@@ -197,6 +197,41 @@ def active(tx: Read) -> set[int]:
     return {row[0] for row in tx.execute(sa.select(_import.c.id).where(_is_active))}
 
 
+def way(source: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[str, ...]:
+    """From where to where; two imports on one way at once would both add what neither has a row for."""
+    ends: list[tuple[str, ...]] = [(source["host"].lower(), str(source["port"]), source["user"].lower())]
+    if target["kind"] == "imap":
+        there = target["server"]
+        ends.append((there["host"].lower(), str(there["port"]), there["user"].lower()))
+    else:
+        ends.append((target["kind"], target.get("path") or target["address"].lower()))
+    return (*ends[0], *ends[1])
+
+
+def ways(tx: Read, *, but: int = 0) -> dict[tuple[str, ...], int]:
+    """Those on which imports are that have not ended, and which; one is left out.
+
+    Cost: reads all of these.
+    """
+    c = _import.c
+    rows = tx.execute(sa.select(c.source, c.target, c.id).where(_is_active, c.id != but))
+    return {
+        way(json.loads(source), json.loads(target)): number for source, target, number in map(tuple, rows)
+    }
+
+
+def require_free(taken: Mapping[tuple[str, ...], int], asked: tuple[str, ...]) -> None:
+    """One import at a time goes a way.
+
+    Raises:
+        Conflict: another one is on it.
+    """
+    if (other := taken.get(asked)) is not None:
+        raise Conflict(
+            f"Import {other} copies the same mailbox there already; see `import mail watch {other}`."
+        )
+
+
 def abandoned(tx: Read) -> list[tuple[int, int]]:
     """Imports that have not ended although their pass's job has, or is not there any more: both numbers."""
     return [(number, job_id) for number, job_id in tx.fast(_ABANDONED)]

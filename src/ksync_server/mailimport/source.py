@@ -295,6 +295,10 @@ class Source:
             found[name] = Folder(name, separator, attributes, wire=wire)
             if len(found) > self._settings.folders:
                 raise Permanent(f"The source has more than {self._settings.folders} folders.")
+        if (
+            "INBOX" in found
+        ):  # in whatever letters it is one folder (RFC 3501 §5.1), also where two are listed
+            found = {name: each for name, each in found.items() if name == "INBOX" or name.upper() != "INBOX"}
         said_already = dict(map(self._status, reply.named("STATUS")))
         missing = [folder for name, folder in found.items() if name not in said_already]
         for at in range(0, len(missing), _STATUS_AT_ONCE):

@@ -105,6 +105,11 @@ def parse(text: str | bytes) -> Grant:
         grant = msgspec.json.decode(data.removeprefix(BOM_UTF8), type=Grant)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         raise BadRequest("A token file is JSON in UTF-8: one object, its values in quotes.") from None
+    if not grant.url:
+        raise BadRequest(
+            "The token file has no token_uri, and no type that goes without it (authorized_user,"
+            " service_account); the file of an OAuth client alone is none."
+        )
     if not _is_https(grant.url):
         raise BadRequest("The token file's token_uri is an https address.")
     if grant.private_key:

@@ -56,9 +56,10 @@ class Restored:
     rows: int = 0
     extents_added: int = 0
     damaged: list[int] = field(default_factory=list)  # blobs whose bytes are not in the backup
-    passwords_active: int = 0  # application passwords that work now
+    passwords_active: int = 0  # application and device passwords that work now
     passwords_revoked: int = 0  # stayed revoked, or were revoked because it was asked for
     passwords_revived: list[str] = field(default_factory=list)  # names: the replaced store did not have them
+    mailboxes_gone: list[str] = field(default_factory=list)  # made since: address, and the folder of its mail
     accounts_reverted: list[str] = field(
         default_factory=list
     )  # sync ids: password, factor or state went back
@@ -370,6 +371,7 @@ def _merge(live: Connection, prepared: sqlite3.Connection, report: Restored, *, 
     run("UPDATE job SET lease_until = NULL, fence = NULL, worker = NULL")
     report.jobs_ready = run("SELECT count(*) FROM job WHERE state = 'ready'").fetchone()[0]
     _merge_accounts(live, prepared, report)
+    _merge_mailboxes(live, prepared, report)
     _merge_passwords(live, prepared, report, now, revoke=revoke)
     # A code that was used a moment ago stays used.
     run("UPDATE second_factor SET last_step = max(last_step, ?)", (now // 30,))
@@ -415,21 +417,34 @@ def _merge_accounts(live: Connection, prepared: sqlite3.Connection, report: Rest
     )
 
 
+def _merge_mailboxes(live: Connection, prepared: sqlite3.Connection, report: Restored) -> None:
+    """A mailbox that was suspended stays so; mail of those made since is where no mailbox leads any more."""
+    c = t.mailbox.c
+    out = live.execute(sa.select(c.address_key).where(c.state == "suspended")).all()
+    prepared.executemany("UPDATE mailbox SET state = 'suspended' WHERE address_key = ?", map(tuple, out))
+    kept = {folder for (folder,) in prepared.execute("SELECT folder FROM mailbox")}
+    now = live.execute(sa.select(c.address, c.folder).order_by(c.address)).all()
+    report.mailboxes_gone = [f"{address}: {folder}" for address, folder in now if folder not in kept]
+
+
 def _merge_passwords(
     live: Connection, prepared: sqlite3.Connection, report: Restored, now: int, *, revoke: bool
 ) -> None:
     """What was revoked stays revoked: it has leaked, or its device is lost."""
-    c = t.app_password.c
-    known: dict[str, int | None] = {row[0]: row[1] for row in live.execute(sa.select(c.lookup, c.revoked_at))}
     used = live.execute(sa.select(t.account.c.id).limit(1)).first() is not None
-    active = prepared.execute("SELECT lookup, name FROM app_password WHERE revoked_at IS NULL").fetchall()
-    ends = {lookup: now if revoke else known.get(lookup) for lookup, _ in active}
-    ended = [(at, lookup) for lookup, at in ends.items() if at is not None]
-    prepared.executemany("UPDATE app_password SET revoked_at = ? WHERE lookup = ?", ended)
-    report.passwords_revoked = len(ended)
-    report.passwords_active = len(active) - len(ended)
-    if used and not revoke:
-        report.passwords_revived = sorted(name for lookup, name in active if lookup not in known)
+    for table in (t.app_password, t.device_password):
+        known: dict[str, int | None] = {
+            row[0]: row[1] for row in live.execute(sa.select(table.c.lookup, table.c.revoked_at))
+        }
+        name = table.name
+        active = prepared.execute(f"SELECT lookup, name FROM {name} WHERE revoked_at IS NULL").fetchall()  # noqa: S608 - a name of ours
+        ends = {lookup: now if revoke else known.get(lookup) for lookup, _ in active}
+        ended = [(at, lookup) for lookup, at in ends.items() if at is not None]
+        prepared.executemany(f"UPDATE {name} SET revoked_at = ? WHERE lookup = ?", ended)  # noqa: S608 - a name of ours
+        report.passwords_revoked += len(ended)
+        report.passwords_active += len(active) - len(ended)
+        if used and not revoke:
+            report.passwords_revived += sorted(name for lookup, name in active if lookup not in known)
 
 
 def _merge_garbage(live: Connection, prepared: sqlite3.Connection, now: int) -> None:
