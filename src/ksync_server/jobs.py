@@ -544,12 +544,19 @@ def _claimed(row: Row, values: Mapping[str, Any]) -> Claim:
     return Claim(number, kind, json.loads(arguments), every_s, attempts, state, fence, lease_s)
 
 
+def lock(tx: Write, key: str) -> None:
+    """PostgreSQL: transactions of one key go one after the other from here on, each seeing those before it;
+    SQLite's do so by themselves."""
+    if tx.dialect != "sqlite":
+        tx.fast(_LOCK, {"key_": key})
+
+
 def _require_room(tx: Write, row: Row) -> None:
     """PostgreSQL: claims of one key go one after the other from here on, each seeing those before it."""
     number, key = row[0], row[6]
     if key is None or tx.dialect == "sqlite":
         return
-    tx.fast(_LOCK, {"key_": key})
+    lock(tx, key)
     if tx.scalar(_BESIDE, {"id_": number, "key_": key}) >= tx.scalar(_AT_MOST, {"id_": number}):
         raise _Full
 

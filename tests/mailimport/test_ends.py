@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,14 @@ import sqlalchemy as sa
 
 from conformance.imap_server import Account, Rule, Server, Stall, serving
 from ksync_server import jobs, settings
+from ksync_server.errors import Conflict
 from ksync_server.jobs import LeaseLost
 from ksync_server.mail import sender
 from ksync_server.mailimport import passes, records
 from ksync_server.store import tables as t
 from ksync_server.store.database import Database
-from tests.mailimport.harness import Desk, contents, desk, until
+from tests.mailimport.harness import Desk, contents, desk, moving, until
+from tests.mailimport.test_cases import filled
 
 BODY = b"From: a@example.org\r\nSubject: number %d\r\n\r\nbody %d\r\n"
 MAIL = settings.Mail(relay="relay.example.org", from_address="noreply@example.org")
@@ -121,6 +124,7 @@ def test_a_lease_that_was_not_renewed_for_its_length_is_not_ours(
 
 WORKER = """
 import sys
+import threading
 sys.path[:0] = {paths!r}
 import threading
 import msgspec
@@ -173,3 +177,37 @@ def test_a_worker_that_sleeps_in_mid_append_and_wakes_late_doubles_nothing(
             first.wait()
     assert contents(target.account) == contents(source.account)
     assert (ordered.imported(number).report or {})["copied"] == 1
+
+
+def test_of_two_imports_that_begin_at_once_on_one_way_one_is_refused(
+    database: Database, tmp_path: Path
+) -> None:
+    """The second one is asked for while the first one's transaction is still open."""
+    first_is_in, found = threading.Event(), []
+    with moving(database, tmp_path, filled(), Server()) as move:
+        write = database.write
+
+        def slow(fn: Any) -> Any:
+            def held(tx: Any) -> Any:
+                number = fn(tx)
+                first_is_in.set()
+                time.sleep(0.3)
+                return number
+
+            return write(held)
+
+        def order() -> None:
+            try:
+                found.append(move.desk.order(move.there, move.here))
+            except Conflict as error:
+                found.append(str(error))
+
+        database.write = slow  # type: ignore[method-assign]
+        threads = [threading.Thread(target=order) for _ in range(2)]
+        threads[0].start()
+        assert first_is_in.wait(10)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+        database.write = write  # type: ignore[method-assign]
+    assert [type(each) for each in found] == [int, str], found

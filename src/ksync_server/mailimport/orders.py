@@ -407,7 +407,7 @@ def place_all(
     Raises:
         ClientError: from `make`, or an import goes the same way already; nothing is queued.
     """
-    taken = records.ways(tx)
+    taken = passes.taken_ways(tx)
     batch = records.create_batch(tx, name, notify)
     made = []
     for row in rows:

@@ -50,7 +50,14 @@ log = logging.getLogger(__name__)
 KIND = "mail.import"
 SOURCE, TARGET = "source password", "destination password"  # names of secrets
 
+_WAYS = f"{KIND} ways"  # of two imports that begin at once, the second one sees the first
 _DOUBLINGS = 20  # of a pause; the longest comes first
+
+
+def taken_ways(tx: Write, *, but: int = 0) -> dict[tuple[str, ...], int]:
+    """`records.ways`, and until this transaction ends nobody else takes one."""
+    jobs.lock(tx, _WAYS)
+    return records.ways(tx, but=but)
 
 
 def queue(
@@ -65,7 +72,7 @@ def queue(
 
     Args:
         secrets: sealed, by SOURCE and TARGET.
-        taken: where the others go (`records.ways`); None = it is looked up.
+        taken: as `taken_ways` says; None = it is asked.
 
     Returns:
         The job's id.
@@ -75,7 +82,7 @@ def queue(
         Conflict: a pass of it is under way, or another import goes the same way.
     """
     imported = records.get(tx, number)
-    others = records.ways(tx, but=number) if taken is None else taken
+    others = taken_ways(tx, but=number) if taken is None else taken
     records.require_free(others, records.way(imported.source, imported.target))
     host = imported.source["host"].lower()
     job_id = jobs.enqueue(
