@@ -83,7 +83,7 @@ class Runner:
                 worked = False
             if not worked:
                 # Spread, so that the threads of all nodes do not look at the same moment.
-                self._stop.wait(self._settings.poll_s * random.uniform(0.5, 1))  # noqa: S311
+                self._stop.wait(self._settings.poll_s * random.uniform(0.5, 1))  # noqa: S311 - no secret
 
     def step(self) -> bool:
         """Run at most one job; returns whether there was one."""

@@ -394,7 +394,10 @@ def test_the_words_of_a_provider_that_speaks_no_http_are_kept_nowhere(
 ) -> None:
     caplog.set_level("INFO")
     server = {"mechanism": "oauth2", "ca_file": str(authority.file)}
-    said = lambda asked: [asked.partition(b"\r\n\r\n")[2] + b"\r\n\r\n"]  # noqa: E731
+
+    def said(asked: bytes) -> list[bytes]:
+        return [asked.partition(b"\r\n\r\n")[2] + b"\r\n\r\n"]
+
     with scripted(authority, said) as url, moving(lite, tmp_path, Server(), Server(), give_up_s=1) as move:
         file = tokens.written(json.dumps({"token_uri": url, **REFRESH}))
         mail = settings.Mail(relay="relay.example.org", from_address="noreply@example.org")

@@ -65,6 +65,7 @@ class _Resource(_DAVResource):  # type: ignore[misc]
         self._segments = path
 
     def get_content_length(self) -> int | None:
+        # Abstract in WsgiDAV, which asks for it in answers to GET and PROPFIND alone.
         raise NotImplementedError("GET and PROPFIND are native")
 
     def get_ref_url(self) -> str:

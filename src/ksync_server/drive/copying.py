@@ -58,7 +58,7 @@ def prepare_copy(database: Database, view: tree.View, source: tree.Node, *, deep
     try:
         while folders:
             prepared = _copy_folder(database, view, prepared, folders)
-    except BaseException:
+    except BaseException:  # whatever ended it: nobody would see or finish the hidden copy
         erasing.purge(database, view.grant.drive_id, root_id)
         raise
     return prepared

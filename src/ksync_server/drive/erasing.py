@@ -6,6 +6,8 @@ to `expire_trash`.
 
 from __future__ import annotations
 
+from functools import partial
+
 from ksync_server import settings as configuration
 from ksync_server.drive import statements, tree
 from ksync_server.errors import Conflict, NotFound
@@ -88,7 +90,7 @@ def expire_trash(database: Database, settings: configuration.Drive, now: int, *,
     rows = database.fast(statements.EXPIRED, limits)
     erased = 0
     for node_id, drive_id in rows:
-        if database.write(lambda tx, d=drive_id, n=node_id: _expire(tx, d, n, before, now)):  # type: ignore[misc]
+        if database.write(partial(_expire, drive_id=drive_id, node_id=node_id, before=before, now=now)):
             purge(database, drive_id, node_id)
             erased += 1
     return erased
@@ -118,7 +120,7 @@ def erase_member(database: Database, account_id: int, sync_id: str) -> None:
     """
     names = {"root": f"root {sync_id}", "trash": f"trash {sync_id}"}
     for node_id, drive_id in database.fast(statements.ROOTS_OF, names):
-        database.write(lambda tx, d=drive_id, n=node_id: _detach_root(tx, d, n, account_id))  # type: ignore[misc]
+        database.write(partial(_detach_root, drive_id=drive_id, node_id=node_id, account_id=account_id))
         purge(database, drive_id, node_id)
 
 

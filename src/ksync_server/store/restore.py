@@ -436,11 +436,11 @@ def _merge_passwords(
         known: dict[str, int | None] = {
             row[0]: row[1] for row in live.execute(sa.select(table.c.lookup, table.c.revoked_at))
         }
-        name = table.name
-        active = prepared.execute(f"SELECT lookup, name FROM {name} WHERE revoked_at IS NULL").fetchall()  # noqa: S608 - a name of ours
+        rows = table.name
+        active = prepared.execute(f"SELECT lookup, name FROM {rows} WHERE revoked_at IS NULL").fetchall()  # noqa: S608 - a name of ours
         ends = {lookup: now if revoke else known.get(lookup) for lookup, _ in active}
         ended = [(at, lookup) for lookup, at in ends.items() if at is not None]
-        prepared.executemany(f"UPDATE {name} SET revoked_at = ? WHERE lookup = ?", ended)  # noqa: S608 - a name of ours
+        prepared.executemany(f"UPDATE {rows} SET revoked_at = ? WHERE lookup = ?", ended)  # noqa: S608 - a name of ours
         report.passwords_revoked += len(ended)
         report.passwords_active += len(active) - len(ended)
         if used and not revoke:
